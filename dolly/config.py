@@ -1,0 +1,183 @@
+"""The settings of a training run: one typed dataclass, from which the command line and the YAML files are generated.
+
+A value is the command line's, else the YAML file's (`--config`), else the default below. All mistakes of both are
+reported together, before anything is loaded.
+"""
+
+import argparse
+import difflib
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from dolly.errors import UserError
+
+
+def setting(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    base: str = setting("data/base", "model to fine-tune: a folder, or an id on the Hugging Face Hub")
+    data: str = setting("data/instructions.jsonl", "records: .jsonl, .json, .csv, .parquet or a Hub id")
+    output: str = setting("models/dolly", "folder to write; it must not exist or be empty")
+    validation: float = setting(0.05, "share of the records held out to measure the result")
+    max_length: int | None = setting(None, "tokens of the longest record (the base's limit, at most 1024)")
+    bad_records: typing.Literal["stop", "drop"] = setting(
+        "stop", "records that are broken, empty or longer than max_length"
+    )
+
+    epochs: int = setting(3, "passes over the records")
+    max_steps: int | None = setting(None, "stop after so many updates")
+    batch_tokens: int = setting(8192, "tokens of one update, padding included")
+    micro_batch_tokens: int = setting(4096, "tokens of one forward pass: less needs less memory")
+    learning_rate: float = setting(1e-5, "highest learning rate")
+    schedule: typing.Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after warm-up")
+    warmup: float = setting(0.03, "share of the updates with a rising learning rate")
+    weight_decay: float = setting(0.0, "decay of the matrices")
+    max_grad_norm: float = setting(1.0, "clip the gradient to this norm")
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = setting("auto", "of the matrix products; auto: by hardware")
+    seed: int = setting(0, "of the order of the records, and of dropout")
+    evaluations: int = setting(4, "how often to measure the held-out loss after the first time")
+
+    max_new_tokens: int = setting(256, "longest answer by default")
+    temperature: float = setting(0.7, "0 always takes the likeliest word")
+    top_p: float = setting(0.9, "sample from the likeliest words of this total share")
+    repetition_penalty: float = setting(1.0, "above 1 discourages words already used")
+
+    push_to_hub: str | None = setting(None, "NAME or OWNER/NAME to push the model to at the end")
+    private: bool = setting(False, "make the pushed repository private")
+
+
+# The first setting of each group of --help.
+GROUPS = {
+    "base": "model and data",
+    "epochs": "training",
+    "max_new_tokens": "the model's own sampling",
+    "push_to_hub": "hub",
+}
+RANGES = {
+    "validation": (0, 0.5), "max_length": (16, None), "epochs": (1, None), "max_steps": (1, None),
+    "batch_tokens": (1, None), "micro_batch_tokens": (1, None), "learning_rate": (0, 1), "warmup": (0, 1),
+    "weight_decay": (0, None), "max_grad_norm": (0, None), "evaluations": (1, None), "max_new_tokens": (1, None),
+    "temperature": (0, 5), "top_p": (0, 1), "repetition_penalty": (0.5, 3),
+}  # fmt: skip
+
+EXAMPLES = """examples:
+  python train.py --config configs/demo.yaml
+  python train.py --data my.csv --output models/mine --epochs 2
+  python train.py --base EleutherAI/pythia-410m --data my.jsonl --output models/mine --push-to-hub mine
+"""
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """The configuration of a command line.
+
+    Raises `UserError` naming every key that is unknown or has a bad value, and an output folder that is in use.
+    """
+    options = _parser().parse_args(argv)
+    problems: list[str] = []
+    values = _read(options.config, problems) if options.config else {}
+    given = {name: value for name, value in vars(options).items() if name != "config" and value is not None}
+    for name, value in given.items():
+        values[name] = (value, "--" + name.replace("_", "-"))
+
+    known, config = {f.name: f for f in fields(TrainConfig)}, {}
+    for name, (value, where) in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"{where}: unknown setting {name}{meant}")
+            continue
+        try:
+            config[name] = _convert(value, _kind(known[name]), RANGES.get(name))
+        except ValueError as error:
+            problems.append(f"{where}: {name} {error}, not {value!r}")
+    folder = Path(config.get("output", TrainConfig.output))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        problems.append(f"--output: {folder} exists and is not empty; name another folder, or remove it first")
+    if problems:
+        listed = "\n  ".join(problems)
+        raise UserError(
+            f"the settings have {len(problems)} mistake(s):\n  {listed}\n`python train.py --help` lists all."
+        )
+    return TrainConfig(**config)
+
+
+def _parser() -> argparse.ArgumentParser:
+    cli = argparse.ArgumentParser(
+        prog="train.py",
+        description="Fine-tunes a causal language model on records of instructions and answers, and writes a package "
+        "that transformers loads and app.py chats with.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    cli.add_argument("--config", metavar="FILE", help="YAML file with any of these settings (configs/demo.yaml)")
+    group = cli
+    for f in fields(TrainConfig):
+        if f.name in GROUPS:
+            group = cli.add_argument_group(GROUPS[f.name])
+        kind, option = _kind(f), "--" + f.name.replace("_", "-")
+        default = "" if f.default in (None, False) else f" (default: {f.default})"
+        text = (f.metadata["help"] + default).replace("%", "%%")
+        if kind is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            choices = "{" + ",".join(typing.get_args(kind)) + "}" if typing.get_origin(kind) is typing.Literal else None
+            group.add_argument(option, metavar=choices or f.name.split("_")[-1].upper(), help=text)
+    return cli
+
+
+def _read(path: str, problems: list[str]) -> dict[str, tuple[object, str]]:
+    """The values of a YAML file, each with the place that it stands at."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        problems.append(f"--config: {path} cannot be read ({error.strerror})")
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"{path} is not valid YAML: {' '.join(str(error).split())}")
+        return {}
+    if values is not None and not isinstance(values, dict):
+        problems.append(f"{path} does not hold `setting: value` lines")
+        return {}
+    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value} if values else {}
+    return {str(key): (value, f"{path}, line {lines[str(key)]}") for key, value in (values or {}).items()}
+
+
+def _kind(f) -> type:
+    """The type of a field without its `| None`."""
+    kinds = [kind for kind in typing.get_args(f.type) if kind is not type(None)]
+    return f.type if typing.get_origin(f.type) is typing.Literal or not kinds else kinds[0]
+
+
+def _convert(value, kind, limits: tuple[float | None, float | None] | None):
+    """A value of the command line (text) or of YAML as `kind`; `ValueError` says what it must be."""
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(f"must be {' or '.join(typing.get_args(kind))}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
+    if kind is str:
+        if not isinstance(value, str) or not value:
+            raise ValueError("must be text")
+        return value
+    try:
+        if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
+            raise ValueError
+        number = kind(value)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"must be a {'whole ' if kind is int else ''}number") from None
+    low, high = limits or (None, None)
+    if not (number == number and (low is None or number >= low) and (high is None or number <= high)):
+        raise ValueError(f"must be at least {low}" if high is None else f"must lie between {low} and {high}")
+    return number

@@ -1,0 +1,146 @@
+"""Pushing a model to the Hugging Face Hub: the check before a run that it will be possible, and the push after it.
+
+A push never costs the run: what fails ends in `PushFailed`, whose message holds the command that finishes it.
+"""
+
+import contextlib
+import json
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from dolly.errors import UserError
+
+LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN, with a token from https://huggingface.co/settings/tokens"
+
+# Seconds between attempts. huggingface_hub repeats most requests itself (five times over 23 s; Xet for 120 s and more),
+# but neither creating the repository, nor validating the card, nor, without Xet, the commit.
+WAITS = (1, 5, 20)
+
+# What huggingface_hub raises while it uploads: its HTTP client's errors, OSError for files and from Xet, RuntimeError
+# around a failed LFS transfer, ValueError for a card that the Hub refuses and for an answer that it cannot read.
+FAILURES = (HTTPError, OSError, RuntimeError, ValueError)
+
+
+class PushFailed(UserError):  # noqa: N818 - reads as what happened
+    """A push that did not finish. The model lies whole in its folder, and the message says how to go on."""
+
+    exit_code = 3
+
+
+def check_write(name: str, private: bool) -> str:
+    """Makes sure that a later push can succeed: the token may write, and the repository exists or has been created.
+
+    `name` is NAME, which gets the user's namespace, or OWNER/NAME. Returns OWNER/NAME. Raises `UserError` for a
+    malformed name, no token or one that may not write there, no network, and for a repository that is public although
+    `private` was asked for.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(
+            f"{name!r} is not a name for a model on the Hub. Use NAME or OWNER/NAME, with letters, digits, "
+            "'-', '_' and '.' only, such as dolly or acme/dolly."
+        ) from None
+    token = get_token()
+    if token is None:
+        raise UserError(f"Pushing to the Hub needs a token, and there is none on this machine. {LOG_IN}.")
+    if not re.fullmatch(r"[\x21-\x7e]+", token):  # it would fail inside the HTTP client, which prints it
+        raise UserError(f"The Hub token has characters that no token has. {LOG_IN}.")
+
+    api = HfApi(token=token)
+    with _refusal_as(f"The Hub at {ENDPOINT} does not know this token. {LOG_IN}."):
+        user = api.whoami()
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(f"The Hub token of {user['name']} may only read. {LOG_IN} that has the role `write`.")
+    repo_id = name if "/" in name else f"{user['name']}/{name}"
+    owners = " or ".join([user["name"], *(organisation["name"] for organisation in user.get("orgs", []))])
+    with _refusal_as(
+        f"The Hub token of {user['name']} may not write to {repo_id}. Push as {owners}, or take another token."
+    ):
+        api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: as the organisation prefers
+        api.auth_check(repo_id, write=True)  # create_repo is content with one that exists and is not ours
+        if private and not api.model_info(repo_id).private:
+            raise UserError(
+                f"{ENDPOINT}/{repo_id} exists and is public. Make it private in its settings, or take another name."
+            )
+    return repo_id
+
+
+def push(folder: Path, repo_id: str, private: bool) -> str:
+    """Uploads a package and returns its URL. What arrived in an earlier attempt is not sent again.
+
+    Weights of an earlier package that this one does not have are deleted. Raises `PushFailed`.
+    """
+    api = HfApi()
+    waits = iter(WAITS)
+    while True:
+        try:
+            url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                ignore_patterns="train.yaml",  # it names folders of this machine
+                delete_patterns="*.safetensors*",  # transformers takes an old single file before new shards
+                commit_message="Upload the model",
+            )
+            return str(url)
+        except FAILURES as error:
+            wait = next(waits, None)
+            if wait is None or not _may_pass(error):
+                raise PushFailed(_unfinished(folder, repo_id, private, _reason(error))) from error
+            print(f"{_reason(error)}; trying again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
+
+
+def _unfinished(folder: Path, repo_id: str, private: bool, reason: str) -> str:
+    command = shlex.join(["python", "-m", "dolly", "push", str(folder), repo_id] + ["--private"] * private)
+    return (
+        f"The push did not finish: {reason}.\nThe model is safe in {folder}. This sends what has not arrived yet:\n"
+        f"  {command}"
+    )
+
+
+@contextlib.contextmanager
+def _refusal_as(message: str):
+    """Raises `UserError`: `message` where the Hub answers that one may not, the reason where something else fails."""
+    try:
+        yield
+    except FAILURES as error:
+        refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
+        raise UserError(message if refused else f"{_reason(error)}.") from None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed a little later."""
+    cause = _cause(error)
+    if isinstance(cause, HfHubHTTPError):
+        return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
+    return isinstance(cause, (HTTPError, json.JSONDecodeError))
+
+
+def _reason(error: Exception) -> str:
+    """What failed, for a person."""
+    cause = _cause(error)
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so that the Hub is not asked; unset it to push"
+    if isinstance(cause, HfHubHTTPError):
+        said = cause.server_message or cause.response.reason_phrase
+        return f"The Hub at {ENDPOINT} answered {cause.response.status_code}: {said}"
+    if isinstance(cause, HTTPError):
+        return f"The Hub at {ENDPOINT} cannot be reached ({cause or type(cause).__name__})"
+    if isinstance(cause, json.JSONDecodeError):
+        return f"The Hub at {ENDPOINT} answered with a page instead of data, as in an outage or behind a proxy"
+    return f"{type(cause).__name__}: {cause}"
+
+
+def _cause(error: Exception) -> BaseException:
+    """The error itself, or what huggingface_hub wrapped in a `RuntimeError` "while uploading FILE"."""
+    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error

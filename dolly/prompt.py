@@ -1,0 +1,148 @@
+"""The Dolly prompt: the one place that spells it, its control tokens and its chat template.
+
+    Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+    ### Instruction:
+    Write a tweet announcing a new bakery.
+
+    ### Response:
+    The oven is warm ...
+
+    ### End
+
+The three keys are single control tokens, as in databricks/dolly-v2. They take in the white space around them, so a
+prompt is always the ids of `intro, ### Instruction:, instruction, ### Response:, answer, ### End` and no tokenizer can
+merge letters across these borders: training, the chat template and a plain string give the same ids by construction.
+A context follows the instruction after an `Input:` line; further turns follow `### End`; a system turn replaces the
+intro.
+"""
+
+import json
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dolly.errors import UserError
+
+INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+INSTRUCTION, RESPONSE, END = "### Instruction:", "### Response:\n", "### End"
+CONTROL_TOKENS = (INSTRUCTION, RESPONSE, END)
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+# `generation` marks the answers for `return_assistant_tokens_mask`; contents may be strings or lists of text parts.
+# BOS and INTRO are filled in by `dolly_tokenizer`.
+CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+{%- if content is string -%}{{ content | trim }}
+{%- else -%}{%- for part in content -%}{{ part.text | trim }}{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+{%- if messages[0].role == "system" -%}
+{{- "BOS" + text(messages[0].content) }}{%- set turns = messages[1:] -%}
+{%- else -%}
+{{- "BOSINTRO" }}{%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+{%- if message.role == "user" -%}
+{{- "\\n\\n### Instruction:\\n" + text(message.content) }}
+{%- elif message.role == "assistant" -%}
+{{- "\\n\\n### Response:\\n" }}{% generation %}{{- text(message.content) + "\\n\\n### End" }}{% endgeneration %}
+{%- else -%}
+{{- raise_exception("a role is user or assistant, and system in the first message only; found " + message.role) }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "\\n\\n### Response:\\n" }}{%- endif -%}
+"""
+
+
+def user_text(instruction: str, context: str = "") -> str:
+    """An instruction and its context as one user turn."""
+    return f"{instruction.strip()}\n\nInput:\n{context.strip()}" if context.strip() else instruction.strip()
+
+
+def dolly_tokenizer(base: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    """A copy of `base` with the control tokens, the chat template, and a post-processor that puts a plain string in
+    the prompt. It always is a `PreTrainedTokenizerFast`: `GPTNeoXTokenizer` would drop the post-processor when loaded.
+
+    Raises `UserError` for a tokenizer without a Rust backend (a "slow" one).
+    """
+    if not getattr(base, "is_fast", False):
+        raise UserError(
+            f"The tokenizer of {base.name_or_path} ({type(base).__name__}) has no tokenizer.json, which Dolly needs "
+            "to keep its prompt in the package. Use a base that ships one, or convert it with transformers first."
+        )
+    begins = base("x", add_special_tokens=True).input_ids[:1]
+    bos = base.bos_token if begins == [base.bos_token_id] else ""
+
+    backend = Tokenizer.from_str(base.backend_tokenizer.to_str())
+    backend.add_special_tokens(list(CONTROL_TOKENS))
+    spec = json.loads(backend.to_str())
+    for token in spec["added_tokens"]:
+        if token["content"] in CONTROL_TOKENS:
+            token.update(lstrip=True, rstrip=True, special=True, normalized=False, single_word=False)
+    for part in _parts(spec["pre_tokenizer"]):
+        if part.get("prepend_scheme") == "first":  # else a string's first word differs from the same word in a chat
+            part["prepend_scheme"] = "always"
+    spec["post_processor"] = None
+    backend = Tokenizer.from_str(json.dumps(spec))
+
+    known = {token: backend.token_to_id(token) for token in CONTROL_TOKENS}
+    intro = backend.encode(INTRO, add_special_tokens=False)
+    before = ([backend.token_to_id(bos)] if bos else []) + intro.ids + [known[INSTRUCTION]]
+    spec["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [_special("prompt"), {"Sequence": {"id": "A", "type_id": 0}}, _special("answer")],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {
+            "prompt": {"id": "prompt", "ids": before, "tokens": [backend.id_to_token(i) for i in before]},
+            "answer": {"id": "answer", "ids": [known[RESPONSE]], "tokens": [RESPONSE]},
+        },
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        bos_token=bos or None,
+        eos_token=END,
+        pad_token=base.pad_token or base.eos_token or END,
+        unk_token=base.unk_token,
+        additional_special_tokens=list(CONTROL_TOKENS),
+        chat_template=CHAT_TEMPLATE.replace("BOS", bos).replace("INTRO", INTRO),
+        model_max_length=base.model_max_length,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    """The ids of a conversation, and for each whether it is learned: the answers and their `### End`.
+
+    Every part is tokenised apart and joined. Text that spells a control token is encoded as text. A conversation that
+    ends with a user turn gets `### Response:` after it, ready to be answered.
+    """
+    system = messages[0]["content"] if messages[0]["role"] == "system" else INTRO
+    control = {token: tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS}
+    ids = [tokenizer.bos_token_id] if tokenizer.bos_token else []
+    ids += as_text(tokenizer, system)
+    learned = [False] * len(ids)
+    turns = messages[messages[0]["role"] == "system" :]
+    for turn in turns:
+        answers = turn["role"] == "assistant"
+        text = as_text(tokenizer, turn["content"])
+        ids += [control[RESPONSE], *text, control[END]] if answers else [control[INSTRUCTION], *text]
+        learned += [False, *[answers] * len(text)] + [True] * answers
+    if turns[-1]["role"] == "user":
+        ids.append(control[RESPONSE])
+        learned.append(False)
+    return ids, learned
+
+
+def as_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The ids of `text` without surrounding white space, no control token among them whatever it spells."""
+    return tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+
+
+def _special(name: str) -> dict:
+    return {"SpecialToken": {"id": name, "type_id": 0}}
+
+
+def _parts(pre_tokenizer: dict | None) -> list[dict]:
+    return [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])

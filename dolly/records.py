@@ -1,0 +1,223 @@
+"""Records: what they are, reading them from a file or the Hub, and the fixed split into training and validation.
+
+A record is one conversation that ends with an answer. It is read from any of these columns:
+
+    instruction, context, response, category     databricks-dolly-15k, and this project
+    instruction, input, output                   Alpaca
+    prompt (or question), completion (or answer)
+    messages: [{"role", "content"}]              or ShareGPT's conversations: [{"from", "value"}]
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dolly.errors import UserError
+from dolly.prompt import Message, user_text
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+INSTRUCTION, CONTEXT = ("instruction", "prompt", "question"), ("context", "input")
+RESPONSE, MESSAGES = ("response", "output", "completion", "answer"), ("messages", "conversations")
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """`messages` alternate user and assistant turns after an optional system turn and end with the assistant's."""
+
+    messages: list[Message]
+    category: str
+    line: int  # of the file, from 1; for Parquet, JSON lists and Hub data sets the row
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A record that cannot be used, and why."""
+
+    line: int
+    what: str
+
+
+def read_records(source: str) -> tuple[list[Record], list[Problem]]:
+    """All records of a file or Hub data set; together with the problems they account for every line but blank ones.
+
+    Raises `UserError` when the source does not exist, is of an unknown kind or holds nothing.
+    """
+    records, problems = [], []
+    for line, row in _rows(source):
+        if isinstance(row, Problem):
+            problems.append(row)
+            continue
+        try:
+            records.append(Record(_messages(row), str(row.get("category") or ""), line))
+        except ValueError as error:
+            problems.append(Problem(line, str(error)))
+    if not records and not problems:
+        raise UserError(f"{source} is empty. Put at least one record in it, for example\n  {EXAMPLE}")
+    return records, problems
+
+
+EXAMPLE = '{"instruction": "Name a fruit.", "context": "", "response": "The apple.", "category": "open_qa"}'
+
+
+def split(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
+    """Training and validation records. A record is held out when the hash of its first user turn falls in the lowest
+    `fraction`, so the split neither depends on the order nor changes for old records when new ones are added, and
+    equal questions stay on one side. A small file still gives one validation record when it has two questions.
+    """
+    if fraction == 0:
+        return records, []
+    places = [_place(record) for record in records]
+    bound = max(fraction, min(places))
+    training = [record for record, place in zip(records, places, strict=True) if place > bound]
+    return (training, [r for r, p in zip(records, places, strict=True) if p <= bound]) if training else (records, [])
+
+
+def explain(problems: list[Problem], source: str, total: int, remedy: str) -> str:
+    """One paragraph that names the first lines of each kind of problem."""
+    lines: dict[str, list[int]] = {}
+    for problem in problems:
+        lines.setdefault(problem.what, []).append(problem.line)
+    kinds = [
+        f"  {'lines' if len(where) > 1 else 'line'} {_some(where)}: {what}" for what, where in list(lines.items())[:8]
+    ]
+    if len(lines) > 8:
+        kinds.append(f"  and {len(lines) - 8} more kinds")
+    return "\n".join([f"{source}: {len(problems)} of {total} records cannot be used.", *kinds, remedy])
+
+
+def _some(lines: list[int]) -> str:
+    shown = ", ".join(map(str, lines[:5]))
+    return shown if len(lines) <= 5 else f"{shown} and {len(lines) - 5} more"
+
+
+def _place(record: Record) -> float:
+    first = next(message["content"] for message in record.messages if message["role"] == "user")
+    words = " ".join(re.findall(r"\w+", first.casefold()))
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8]) / 2**64
+
+
+def _rows(source: str) -> Iterator[tuple[int, dict | Problem]]:
+    path = Path(source)
+    if path.is_file() and path.suffix in SUFFIXES:
+        return {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix](path)
+    if path.exists():
+        kind = "a folder" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
+        raise UserError(f"{source} is {kind}; Dolly reads {', '.join(SUFFIXES)} files and Hub data set ids.")
+    if path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UserError(f"There is no file {source}. Check the path (it is taken from {Path.cwd()}).")
+    return _hub(source)
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict | Problem]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, _parsed(line, number)
+
+
+def _parsed(line: bytes, number: int) -> dict | Problem:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return Problem(number, f"not UTF-8 text (byte {error.object[error.start]:#04x}); save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        return Problem(number, f"not valid JSON ({error.msg}, column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return Problem(number, f"not valid JSON ({error})")
+    return row if isinstance(row, dict) else Problem(number, 'not a JSON object ({"instruction": ..., ...})')
+
+
+def _json(path: Path) -> Iterator[tuple[int, dict | Problem]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}). One record a line? Then name it .jsonl.") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path} is not a list of records: write [{{...}}, {{...}}], or one record a line (.jsonl).")
+    for number, row in enumerate(rows, 1):
+        yield number, row if isinstance(row, dict) else Problem(number, "not a JSON object")
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict | Problem]]:
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as text:
+            rows = csv.DictReader(text, restkey="", strict=True)
+            for row in rows:
+                yield rows.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as CSV in UTF-8 ({error}). Export it again, or use JSONL.") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            yield from enumerate((row for batch in table.iter_batches() for row in batch.to_pylist()), 1)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a Parquet file ({error}).") from None
+
+
+def _hub(name: str) -> Iterator[tuple[int, dict]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"There is no file {name}, and no such data set on the Hub can be read ({error}).") from None
+    yield from enumerate(rows, 1)
+
+
+def _messages(row: dict) -> list[Message]:
+    """The conversation in a row; `ValueError` says what is wrong with it."""
+    if key := _present(row, MESSAGES):
+        return _conversation(row[key], key)
+    instruction, response = _present(row, INSTRUCTION), _present(row, RESPONSE)
+    if instruction is None or response is None:
+        found = ", ".join(str(column) for column in row) or "none"
+        raise ValueError(f"no column for the {'instruction' if instruction is None else 'response'} (columns: {found})")
+    context = _present(row, CONTEXT)
+    texts = [_text(row[instruction], instruction), _text(row[response], response)]
+    note = "" if context is None or row[context] is None else row[context]
+    if not isinstance(note, str):
+        raise ValueError(f'"{context}" is not text')
+    return [
+        {"role": "user", "content": user_text(texts[0], note)},
+        {"role": "assistant", "content": texts[1].strip()},
+    ]
+
+
+def _conversation(turns, key: str) -> list[Message]:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f'"{key}" is not a list of turns')
+    messages = []
+    for turn in turns:
+        role = turn.get("role", turn.get("from"))
+        content = _text(turn.get("content", turn.get("value")), f"content of turn {len(messages) + 1}")
+        messages.append({"role": ROLES.get(role, role), "content": content.strip()})
+    roles = [message["role"] for message in messages]
+    roles = roles[1:] if roles[:1] == ["system"] else roles
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f'the turns of "{key}" do not alternate user, assistant and end with assistant')
+    return messages
+
+
+def _text(value, name: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f'"{name}" is not text')
+    if not (value or "").strip():
+        raise ValueError(f'"{name}" is empty')
+    return value
+
+
+def _present(row: dict, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in row), None)

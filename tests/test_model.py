@@ -1,0 +1,127 @@
+"""The package of every family: the pipeline answers strings and messages alike and stops by itself."""
+
+import json
+
+import pytest
+import torch
+from conftest import CONFIGS, FAMILIES, base_tokenizer, save_base
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import train
+from dolly import model as models
+from dolly.errors import UserError
+from dolly.prompt import CONTROL_TOKENS, END, dolly_tokenizer
+
+QUESTION, ANSWER = "Which fruit is yellow?", "The banana."
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "fruit.jsonl"
+    rows = [{"instruction": QUESTION, "response": ANSWER}, {"instruction": "Which is red?", "response": "The cherry."}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    return path
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def package(request, bases, records, tmp_path_factory):
+    """A model of the family that has learned two answers by heart."""
+    folder = tmp_path_factory.mktemp("packages") / request.param
+    options = {
+        "base": bases[request.param], "data": records, "output": folder, "validation": 0, "epochs": 60,
+        "max_length": 128, "batch_tokens": 256, "learning_rate": 1e-2, "dtype": "float32", "temperature": 0,
+        "max_new_tokens": 40,
+    }  # fmt: skip
+    train.main([part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))])
+    return folder
+
+
+def test_the_pipeline_answers_a_string_and_messages_alike_and_stops(package):
+    pipe = pipeline("text-generation", model=str(package))
+    messages = [{"role": "user", "content": QUESTION}]
+    said = pipe(QUESTION, return_full_text=False)[0]["generated_text"]
+    assert said == ANSWER
+    assert pipe(messages)[0]["generated_text"][-1] == {"role": "assistant", "content": ANSWER}
+    assert pipe([QUESTION, "Which is red?"], batch_size=2, return_full_text=False)[0][0]["generated_text"] == ANSWER
+
+    end = pipe.tokenizer.convert_tokens_to_ids(END)
+    ids = [pipe(x, return_tensors=True)[0]["generated_token_ids"] for x in (QUESTION, messages)]
+    assert ids[0] == ids[1]
+    assert ids[0][-1] == end and ids[0].count(end) == 1
+
+
+def test_the_package_holds_no_code_and_loads_in_both_major_versions(package):
+    names = {path.name for path in package.iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md", "train.yaml"} <= names
+    assert not [name for name in names if name.endswith((".py", ".bin", ".pt", ".pkl"))]
+    config, tokenizer = (json.loads((package / n).read_text()) for n in ("config.json", "tokenizer_config.json"))
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["additional_special_tokens"] == list(CONTROL_TOKENS)
+    assert "extra_special_tokens" not in tokenizer and "auto_map" not in config
+    assert config["dtype"] == "bfloat16"
+    generation = json.loads((package / "generation_config.json").read_text())
+    loaded = AutoTokenizer.from_pretrained(package)
+    assert generation["eos_token_id"][0] == config["eos_token_id"] == loaded.convert_tokens_to_ids(END)
+    assert generation["pad_token_id"] == config["pad_token_id"] == loaded.pad_token_id
+
+
+def test_a_package_can_be_fine_tuned_again_without_losing_its_control_tokens(package):
+    base = models.load_tokenizer(str(package))
+    again = dolly_tokenizer(base)
+    model = models.load_base(str(package))
+    kept = model.get_input_embeddings().weight.detach().clone()
+    models.add_control_tokens(model, base, again)
+    assert len(again) == len(base)
+    assert torch.equal(model.get_input_embeddings().weight, kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spare", [0, 2, 60])
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_get_the_mean_and_a_padded_table_never_shrinks(family, spare, tied):
+    base = base_tokenizer({"gptj": "gpt2", "gpt_neox": "llama"}.get(family, family))
+    kind, options = CONFIGS[family]
+    config = kind(vocab_size=len(base) + spare, tie_word_embeddings=tied, **options)
+    model = AutoModelForCausalLM.from_config(config)
+    old = model.get_input_embeddings().weight.detach().clone()
+    tokenizer = dolly_tokenizer(base)
+    models.add_control_tokens(model, base, tokenizer)
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert table.shape[0] == head.shape[0] == max(len(old), len(base) + 3)
+    assert torch.equal(table[: len(base)], old[: len(base)])
+    assert (table is head) == tied
+    new = [tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS]
+    assert min(new) >= len(base)
+    torch.testing.assert_close(table[new], old[: len(base)].mean(0).expand(3, -1))
+    torch.testing.assert_close(head[new], head[: len(base)].mean(0).expand(3, -1))
+
+
+def test_a_failed_save_leaves_nothing_behind(bases, tmp_path):
+    model = models.load_base(str(bases["gpt2"]))
+    base = models.load_tokenizer(str(bases["gpt2"]))
+    tokenizer = dolly_tokenizer(base)
+    models.add_control_tokens(model, base, tokenizer)
+    defaults = models.generation_defaults(tokenizer, model, do_sample=False)
+    with pytest.raises(OSError):
+        models.save_package(model, tokenizer, tmp_path / "out", defaults, {"no/such/folder/README.md": "x"})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no/such-model", "no folder no/such-model, and the Hugging Face Hub cannot be asked"),
+        ("data/none", "There is no folder data/none"),
+        ("a b", "There is no folder a b"),
+        ("data", "data does not hold a model that transformers can load"),
+    ],
+)
+def test_an_unknown_model_is_explained(name, said):
+    with pytest.raises(UserError, match=said):
+        models.load_package(name)
+
+
+def test_a_model_without_the_prompt_is_no_package(tmp_path):
+    save_base(tmp_path, "gpt2")
+    with pytest.raises(UserError, match="Fine-tune it first"):
+        models.load_package(str(tmp_path))

@@ -1,0 +1,135 @@
+"""Reading records: every known form, every mistake named by its line, nothing lost; the split."""
+
+import json
+
+import pandas
+import pytest
+
+from dolly.errors import UserError
+from dolly.records import Record, explain, read_records, split
+
+GOOD = {"instruction": "Name a fruit.", "context": "", "response": "The apple.", "category": "open_qa"}
+TURNS = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "The apple."}]
+
+
+def write(path, *rows):
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        GOOD,
+        {"instruction": "Name a fruit.", "input": "", "output": "The apple."},
+        {"prompt": "Name a fruit.", "completion": " The apple."},
+        {"question": "Name a fruit.", "answer": "The apple.", "id": 7},
+        {"messages": TURNS},
+        {"conversations": [{"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": "The apple."}]},
+    ],
+)
+def test_the_known_forms_read_alike(tmp_path, row):
+    records, problems = read_records(write(tmp_path / "x.jsonl", row))
+    assert not problems
+    assert records[0].messages == TURNS
+
+
+def test_the_context_follows_the_instruction(tmp_path):
+    records, _ = read_records(write(tmp_path / "x.jsonl", GOOD | {"context": "Apple, pear."}))
+    assert records[0].messages[0]["content"] == "Name a fruit.\n\nInput:\nApple, pear."
+
+
+def test_csv_parquet_and_json_lists_read_alike(tmp_path):
+    rows = [GOOD, GOOD | {"instruction": 'Quote "this",\nplease.', "context": "é 🙂"}]
+    pandas.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    pandas.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    wanted = [r.messages for r in read_records(write(tmp_path / "x.jsonl", *rows))[0]]
+    for name in ("x.csv", "x.parquet", "x.json"):
+        records, problems = read_records(str(tmp_path / name))
+        assert not problems
+        assert [record.messages for record in records] == wanted, name
+
+
+def test_every_mistake_is_named_by_its_line_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "x.jsonl"
+    bad = {
+        2: '{"instruction": "a", ',
+        3: json.dumps(GOOD | {"response": "  "}),
+        4: json.dumps(GOOD | {"instruction": None}),
+        5: json.dumps(GOOD | {"response": 7}),
+        6: "[1, 2]",
+        7: json.dumps({"instruction": "a"}),
+        9: json.dumps({"messages": TURNS[:1]}),
+        10: json.dumps({"messages": [*TURNS, *TURNS[1:]]}),
+        11: json.dumps({"messages": "hello"}),
+        12: "[" * 100_000,
+    }
+    lines = [bad.get(number, "" if number == 8 else json.dumps(GOOD)) for number in range(1, 14)]
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode() + b'\n{"instruction": "caf\xe9"}\n')
+    records, problems = read_records(str(path))
+    assert [record.line for record in records] == [1, 13]
+    assert [problem.line for problem in problems] == [*bad, 14]
+    said = {problem.line: problem.what for problem in problems}
+    assert "not valid JSON" in said[2] and "column" in said[2]
+    assert said[3] == '"response" is empty'
+    assert said[4] == '"instruction" is empty'
+    assert said[5] == '"response" is not text'
+    assert "columns: instruction" in said[7]
+    assert "alternate" in said[9]
+    assert "UTF-8" in said[14]
+    paragraph = explain(problems, "x.jsonl", 13, "Mend them.")
+    assert "x.jsonl: 11 of 13 records" in paragraph and 'line 3: "response" is empty' in paragraph
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("missing.jsonl", None, "There is no file"),
+        ("empty.jsonl", "", "is empty"),
+        ("blank.jsonl", "\n \n", "is empty"),
+        ("notes.txt", "hello", "Dolly reads .jsonl"),
+        ("one.json", "{}", "not a list of records"),
+        ("broken.json", "[{]", "not valid JSON"),
+        ("fake.parquet", "PAR", "not a Parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_explained(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=said):
+        read_records(str(tmp_path / name))
+
+
+def test_a_folder_is_no_file_of_records(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        read_records(str(tmp_path))
+
+
+def questions(*texts):
+    return [
+        Record([{"role": "user", "content": text}, {"role": "assistant", "content": "x"}], "", line)
+        for line, text in enumerate(texts, 1)
+    ]
+
+
+def test_the_split_keeps_its_sides_when_records_are_added_or_moved():
+    old = questions(*(f"Question number {i}?" for i in range(400)))
+    new = questions(*(f"Another one, {i}." for i in range(400)))
+    held = {r.messages[0]["content"] for r in split(old, 0.05)[1]}
+    held_later = {r.messages[0]["content"] for r in split([*new, *reversed(old)], 0.05)[1]}
+    assert 8 <= len(held) <= 36
+    assert held == {text for text in held_later if text.startswith("Question")}
+
+
+def test_equal_questions_stay_on_one_side():
+    records = questions(*(f"Question number {i}?" for i in range(100)), *(f"question NUMBER {i}" for i in range(100)))
+    training, heldout = split(records, 0.1)
+    normal = [{r.messages[0]["content"].lower().strip("?") for r in part} for part in (training, heldout)]
+    assert heldout and not normal[0] & normal[1]
+
+
+def test_a_small_file_is_split_too_and_one_question_is_all_for_training():
+    assert [len(part) for part in split(questions("a", "b", "c"), 0.05)] == [2, 1]
+    assert [len(part) for part in split(questions("a"), 0.05)] == [1, 0]
+    assert [len(part) for part in split(questions("a", "b"), 0.0)] == [2, 0]

@@ -1,0 +1,91 @@
+"""train.py as a user runs it: what it writes, and what it says when something is wrong."""
+
+import json
+
+import pytest
+import yaml
+from conftest import ROOT, run
+
+import train
+from dolly.errors import told_plainly
+
+ROWS = [{"instruction": f"Count to {n}.", "response": " ".join(map(str, range(1, n + 1)))} for n in range(2, 40)]
+
+
+def write(path, rows):
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def test_a_run_from_a_file_and_the_command_line(bases, tmp_path):
+    write(tmp_path / "data.jsonl", [*ROWS, "{broken", {"instruction": "Long", "response": "word " * 500}])
+    settings = {"base": str(bases["gpt_neox"]), "data": str(tmp_path / "data.jsonl"), "epochs": 9, "max_length": 200}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    options = ["--output", tmp_path / "out", "--epochs", 2, "--bad-records", "drop", "--validation", 0.2]
+    result = run("train.py", "--config", tmp_path / "run.yaml", *options)
+    assert result.returncode == 0, result.stderr
+    assert "38 records kept, 2 dropped" in result.stdout
+    assert "line 39: not valid JSON" in result.stdout and "line 40: longer than 200 tokens" in result.stdout
+    assert "held-out loss" in result.stderr and "tokens/s" in result.stderr
+    assert "python app.py --model" in result.stdout
+    stored = yaml.safe_load((tmp_path / "out" / "train.yaml").read_text())
+    assert (stored["epochs"], stored["max_length"], stored["validation"]) == (2, 200, 0.2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "longer than 200 tokens" in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"--data": "no/such.jsonl"}, ["no file no/such.jsonl"]),
+        ({"--data": "EMPTY"}, ["empty.jsonl is empty"]),
+        ({"--data": "BAD"}, ["line 2: not valid JSON", 'line 3: "response" is empty', "--bad-records drop"]),
+        ({"--data": "LONG"}, ["lines 1, ", "longer than 64 tokens", "--max-length"]),
+        ({"--base": "models/none-such"}, ["models/none-such"]),
+        ({"--output": "FULL", "--epochs": "0"}, ["FULL", "not empty", "epochs must be at least 1"]),
+        ({"--max-length": "9999"}, ["--max-length 9999", "256 tokens"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_one_message_and_changes_nothing(bases, tmp_path, capsys, changes, said):
+    places = {name: tmp_path / f"{name.lower()}.jsonl" for name in ("EMPTY", "BAD", "LONG", "GOOD")}
+    write(places["EMPTY"], [])
+    write(places["BAD"], [ROWS[0], "{broken", {"instruction": "a", "response": " "}])
+    write(places["LONG"], [{"instruction": "Long", "response": "word " * 200}, *ROWS])
+    write(places["GOOD"], ROWS)
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "precious").write_text("mine")
+    places |= {"FULL": tmp_path / "FULL"}
+    options = {"--base": bases["gpt2"], "--data": "GOOD", "--output": tmp_path / "new", "--max-length": "64"} | changes
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as ended, told_plainly():
+        train.main([str(part) for key, value in options.items() for part in (key, places.get(value, value))])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    for words in said:
+        assert words in told
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "FULL" / "precious").read_text() == "mine"
+
+
+def test_a_mistake_ends_the_process_with_code_2_and_no_traceback():
+    result = run("train.py", "--data", "no/such.jsonl", "--output", "models/never")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: There is no file no/such.jsonl")
+    assert "Traceback" not in result.stderr
+
+
+def test_help_is_for_people_and_needs_no_torch():
+    result = run("-X", "importtime", "train.py", "--help")
+    assert result.returncode == 0
+    assert "examples:" in result.stdout and "--learning-rate RATE" in result.stdout
+    assert "| torch\n" not in result.stderr
+
+
+def test_the_demo_recipe_reads_the_embedded_data(tmp_path):
+    assert (ROOT / "data" / "base" / "model.safetensors").stat().st_size < 60e6
+    result = run(
+        "train.py", "--config", "configs/demo.yaml", "--output", tmp_path / "demo", "--max-steps", "1", timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert "records kept, 0 dropped" in result.stdout

@@ -1,0 +1,120 @@
+"""The loop against the plain forward: documents apart, the same gradient however it is cut, a loss that is true."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from conftest import CONFIGS, FAMILIES
+from transformers import AutoModelForCausalLM
+
+from dolly import trainer
+from dolly.config import TrainConfig
+from dolly.errors import UserError
+from dolly.packing import Document, collate, pack
+
+CONFIG = TrainConfig(dtype="float32", batch_tokens=64, micro_batch_tokens=64, learning_rate=1e-2, epochs=2)
+
+
+def model_of(family: str, **changes):
+    kind, options = CONFIGS[family]
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(kind(vocab_size=100, **options | changes))
+
+
+def documents(count: int, seed: int = 0, longest: int = 20) -> list[Document]:
+    choose = random.Random(seed)
+    ids = [choose.choices(range(100), k=choose.randint(4, longest)) for _ in range(count)]
+    return [Document(i, [n > choose.randint(1, 3) for n in range(len(i))], choose.choice("ab")) for i in ids]
+
+
+def plain_loss(model, document: Document) -> torch.Tensor:
+    """Summed over the answer tokens of one document alone, the way any textbook writes it."""
+    ids = torch.tensor([document.ids])
+    logits = model(ids).logits[0, :-1]
+    learned = torch.tensor(document.learned[1:])
+    return F.cross_entropy(logits[learned].float(), ids[0, 1:][learned], reduction="sum")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_losses_are_those_of_each_document_alone(family, rows, training):
+    model = model_of(family, **({"hidden_dropout": 0.0} if family == "gpt_neox" else {}))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train(training)
+    made = documents(12)
+    packed = pack([len(d.ids) for d in made], 64)[:rows]
+    batch = collate(packed, made, 64, pad_id=0)
+    losses = trainer.token_losses(model, batch, Accelerator(cpu=True))
+    for index in {i for row in packed for i in row}:
+        alone = plain_loss(model, made[index])
+        torch.testing.assert_close(losses[batch.documents == index].sum(), alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_does_not_depend_on_the_micro_batches(family):
+    made = documents(20)
+
+    def trained(micro: int) -> dict:
+        model = model_of(family)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        config = replace(CONFIG, batch_tokens=128, micro_batch_tokens=micro, max_steps=3)
+        trainer.train(model, made, [], 32, 0, config)
+        return model.state_dict()
+
+    whole, cut = trained(128), trained(32)
+    for name in whole:
+        torch.testing.assert_close(whole[name], cut[name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_the_heldout_loss_is_the_mean_over_answer_tokens_by_category():
+    model, made = model_of("llama").eval(), documents(15)
+    losses = trainer.heldout_loss(model, made, 32, 2, 0, Accelerator(cpu=True))
+    for category in (None, "a", "b"):
+        chosen = [d for d in made if category in (None, d.category)]
+        mean = sum(plain_loss(model, d).item() for d in chosen) / sum(d.answer_tokens() for d in chosen)
+        assert losses[category] == pytest.approx(mean, rel=1e-4)
+
+
+def test_training_lowers_the_loss_and_keeps_its_history():
+    made = documents(40)
+    history = trainer.train(model_of("gpt_neox"), made[:30], made[:30], 32, 0, replace(CONFIG, epochs=20))
+    assert history.heldout[-1] < history.heldout[0] - 0.5
+    assert len(history.heldout) == 1 + CONFIG.evaluations
+    assert history.tokens == 20 * sum(len(d.ids) for d in made[:30])
+    assert set(history.heldout_by_category) == {"a", "b"}
+    steps = [row["step"] for row in history.rows]
+    assert steps == sorted(steps) and steps[-1] == history.steps
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another():
+    made, weights = documents(30), []
+    for seed in (0, 0, 1):
+        model = model_of("gpt2")
+        trainer.train(model, made, [], 32, 0, replace(CONFIG, max_steps=4, seed=seed))
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
+    model = model_of("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3, 0] = float("nan")
+    with pytest.raises(UserError, match=r"loss is nan at step 5"):
+        trainer.train(model, documents(60), [], 32, 0, CONFIG)
+
+
+def test_the_learning_rate_rises_then_falls_to_a_tenth():
+    rates = [trainer.rate(step, 100, replace(CONFIG, warmup=0.1)) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+    assert {trainer.rate(s, 9, replace(CONFIG, schedule="constant", warmup=0.0)) for s in range(9)} == {1.0}
