@@ -202,7 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
         if (kind, repo_id) in self.hub.repos:
             raise HubError(409, f"You already created this {kind} repo", url=url)
-        self.hub.create(kind, repo_id, asked.get("visibility") == "private")
+        repo = self.hub.create(kind, repo_id, asked.get("visibility") == "private")
+        repo.space["variables"] = {variable["key"]: variable for variable in asked.get("variables") or []}
         return {"url": url, "name": repo_id, "id": repo_id}
 
     def repo_api(self, kinds: str, repo_id: str, verb: str | None, rest: str | None) -> dict | list:

@@ -1,0 +1,48 @@
+"""The chat with a fine-tuned model: `python app.py --model models/mine`. On a Hugging Face Space this is the entry."""
+
+import argparse
+import os
+from pathlib import Path
+
+import yaml
+
+from dolly.chat import LOOK, build
+from dolly.engine import Engine
+from dolly.errors import UserError
+from dolly.model import load_package
+
+DEMO = "models/demo"  # the folder that `make model` writes; never looked for on the Hub
+EXAMPLES = Path(__file__).parent / "data/examples.yaml"
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("DOLLY_MODEL", DEMO),
+        help=f"a folder, or an id on the Hugging Face Hub (default: DOLLY_MODEL, else {DEMO})",
+    )
+    parser.add_argument("--host", help="default: 127.0.0.1, this machine alone; 0.0.0.0 opens it to the network")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    return parser.parse_args(given)
+
+
+def chat(model: str):
+    """The page that talks to `model`, or says why it cannot."""
+    examples = yaml.safe_load(EXAMPLES.read_text(encoding="utf-8"))["categories"]
+    try:
+        if model == DEMO and not Path(DEMO).exists():
+            raise UserError(f"The folder {DEMO} does not exist.")
+        return build(Engine(*load_package(model)), examples)
+    except UserError as error:
+        return build(None, examples, str(error))
+
+
+options = arguments(None if __name__ == "__main__" else [])
+demo = chat(options.model)
+
+if __name__ == "__main__":
+    try:
+        demo.launch(server_name=options.host, server_port=options.port, **LOOK)
+    except OSError as error:  # the port is taken
+        raise SystemExit(f"error: {error}") from None
