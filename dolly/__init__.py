@@ -3,7 +3,7 @@
 The modules, ground floor first (each imports only from floors below its own):
 
     errors, prompt, records, config      what a mistake, a prompt, a record and a setting are
-    packing, model                       token rows; loading a base and saving the package
+    packing, model, attention            token rows; loading a base and saving the package; a row's documents apart
     trainer, engine                      the training loop; the token loop of the chat
     report, hub                          the model card; pushing to the Hugging Face Hub
     chat, texts                          the Gradio page and its words

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from dolly.attention import documents_apart
 from dolly.config import TrainConfig
 from dolly.errors import UserError
 from dolly.packing import Batch, Document, collate, pack
@@ -93,7 +94,7 @@ def train(
             progress.note(f"held-out loss {losses[None]:.4f} after {history.steps} of {total} updates")
 
     torch.manual_seed(config.seed)
-    with TrainingProgress(total) as progress:
+    with TrainingProgress(total) as progress, documents_apart(accelerator.unwrap_model(model)):
         progress.note(
             f"{len(training):,} records, {real:,} tokens in {len(rows):,} rows of {length} "
             f"({1 - real / (len(rows) * length):.1%} padding); "

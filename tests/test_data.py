@@ -142,3 +142,7 @@ def test_no_example_is_close_to_a_record(categories, records):
         own = grams(part)
         close = [text for text, other in known.items() if len(own & other) / len(own | other) >= 0.3]  # Jaccard
         assert not close, part
+
+
+def test_the_card_of_the_base_has_every_figure_filled_in():
+    assert "{{" not in (ROOT / "data" / "base" / "README.md").read_text(encoding="utf-8")

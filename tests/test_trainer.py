@@ -47,8 +47,9 @@ def test_packed_losses_are_those_of_each_document_alone(family, rows, training):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model.train(training)
-    made = documents(12)
+    made = documents(20)
     packed = pack([len(d.ids) for d in made], 64)[:rows]
+    assert len(packed) == rows
     batch = collate(packed, made, 64, pad_id=0)
     losses = trainer.token_losses(model, batch, Accelerator(cpu=True))
     for index in {i for row in packed for i in row}:
