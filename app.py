@@ -8,7 +8,7 @@ import yaml
 
 from dolly.chat import LOOK, build
 from dolly.engine import Engine
-from dolly.errors import UserError
+from dolly.errors import UserError, told_plainly
 from dolly.model import load_package
 
 DEMO = "models/demo"  # the folder that `make model` writes; never looked for on the Hub
@@ -42,7 +42,9 @@ options = arguments(None if __name__ == "__main__" else [])
 demo = chat(options.model)
 
 if __name__ == "__main__":
-    try:
-        demo.launch(server_name=options.host, server_port=options.port, **LOOK)
-    except OSError as error:  # the port is taken
-        raise SystemExit(f"error: {error}") from None
+    with told_plainly():
+        try:
+            demo.launch(server_name=options.host, server_port=options.port, **LOOK)
+        except OSError:
+            taken = f"Port {options.port}" if options.port else "Every port from 7860 to 7959"
+            raise UserError(f"{taken} cannot be had; choose another with --port (make: PORT=).") from None

@@ -19,6 +19,9 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "dolly_documents"
 STEP = 64  # a padded length is a multiple of it: 32 makes more products, 128 larger ones; both were slower in bfloat16
+TOGETHER = (
+    8  # documents in a group are a multiple of it, so that few shapes occur: oneDNN holds a compiled product of each
+)
 LONGEST = 512  # tokens whose scores are held at once; beyond, SDPA is as fast in float32 and holds none
 CHANGES_SCORES = ("softcap", "s_aux", "position_bias")  # options with which a model asks for other scores
 
@@ -75,7 +78,7 @@ class Documents:
         starts = (positions.flatten() == 0).nonzero().flatten()
         lengths = torch.cat([starts, starts.new_tensor([positions.numel()])]).diff()
         padded = (lengths + STEP - 1) // STEP * STEP
-        self.groups = [(n, starts[padded == n], lengths[padded == n]) for n in padded.unique().tolist()]
+        self.groups = [(n, filled(starts[padded == n]), filled(lengths[padded == n])) for n in padded.unique().tolist()]
         self.layouts: dict[int, Layout] = {}
 
     def layout(self, heads: int) -> Layout:
@@ -132,6 +135,11 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
             output = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=True, scale=scale)
         outputs.append(output.view(-1, value.shape[3]))
     return Move.apply(torch.cat(outputs), layout.put_back, layout.gather).view(rows, length, heads, -1), None
+
+
+def filled(group: torch.Tensor) -> torch.Tensor:
+    """`group` with documents of no tokens up to a multiple of `TOGETHER`."""
+    return F.pad(group, (0, -len(group) % TOGETHER))
 
 
 @cache
