@@ -29,7 +29,6 @@ def main(argv: list[str]) -> None:
     from dolly.prompt import dolly_tokenizer
 
     logging.disable_progress_bar()
-    repo = hub.check_write(config.push_to_hub, config.private) if config.push_to_hub else None
     base_tokenizer = models.load_tokenizer(config.base)
     tokenizer = dolly_tokenizer(base_tokenizer)
     tokenizer.model_max_length = length = row_length(config, models.window(config.base))
@@ -40,12 +39,15 @@ def main(argv: list[str]) -> None:
     heldout, long_too = packing.tokenize(heldout_part, tokenizer, length)
     dropped = sort_out(broken + long + long_too, len(read) + len(broken), config)
     if not training:
-        raise UserError(f"{config.data} has no record left to train on.")
+        raise UserError(f"{config.data} has no record left to train on: all {len(read) + len(broken)} were dropped.")
+    licence = models.license_of(config.base)
+    repo = hub.check_write(config.push_to_hub, config.private) if config.push_to_hub else None
 
     model = models.load_base(config.base)
     models.add_control_tokens(model, base_tokenizer, tokenizer)
     defaults = models.generation_defaults(tokenizer, model, **sampling(config))
-    prompts = [record.messages[0]["content"] for record in heldout_part if len(record.messages) == 2][:SAMPLES]
+    prompts = [record.messages[0]["content"] for record in heldout_part if len(record.messages) == 2]
+    prompts = [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) <= length // 2][:SAMPLES]
     before = models.answers(model, tokenizer, prompts, defaults)
     history = trainer.train(model, training, heldout, length, tokenizer.pad_token_id, config)
     after = models.answers(model, tokenizer, prompts, defaults)
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> None:
     facts = report.CardFacts(
         name=repo or folder.name,
         base=config.base,
-        license=models.license_of(config.base),
+        license=licence,
         data=config.data,
         train_records=len(training),
         validation_records=len(heldout),

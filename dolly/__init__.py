@@ -1,12 +1,12 @@
 """Dolly: fine-tune an open causal language model on your own instructions, and chat with it.
 
-The modules, ground floor first (each imports only from floors below its own):
+The modules in reading order; each imports only from those named before it:
 
     errors, prompt, records, config      what a mistake, a prompt, a record and a setting are
     packing, model, attention            token rows; loading a base and saving the package; a row's documents apart
-    trainer, engine                      the training loop; the token loop of the chat
+    progress, trainer, engine            the training loop and what one sees of it; the token loop of the chat
     report, hub                          the model card; pushing to the Hugging Face Hub
-    chat, texts                          the Gradio page and its words
+    texts, chat                          the words of the Gradio page, and the page
 """
 
 import os

@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from httpx2 import HTTPError
+import yaml
 from huggingface_hub import ModelCard, model_info, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +30,8 @@ from dolly.errors import UserError
 from dolly.prompt import CONTROL_TOKENS, END
 
 MAX_SHARD = "5GB"
+# What transformers raises for files that are missing, damaged, or do not fit together.
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 if not torch.cuda.is_available():
     os.environ.setdefault(
         "DS_ACCELERATOR", "cpu"
@@ -50,7 +53,7 @@ def license_of(name: str) -> str | None:
     card = Path(name) / "README.md"
     try:
         return ModelCard.load(card if Path(name).is_dir() else name).data.license
-    except (OSError, ValueError, HTTPError):
+    except (OSError, ValueError, HTTPError, yaml.YAMLError):
         return None
 
 
@@ -115,9 +118,15 @@ def save_package(
     defaults: GenerationConfig,
     files: dict[str, str],
 ) -> None:
-    """Writes the package and further text `files`; it appears whole or not at all. Turns `model` to bfloat16."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    """Writes the package and further text `files`; it appears whole or not at all. Turns `model` to bfloat16.
+
+    Raises `UserError` when the folder cannot be written, and says where the model is when it is whole elsewhere.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"The model cannot be saved in {folder}: {error}.") from None
     try:
         model.generation_config = defaults
         model.config.get_text_config().eos_token_id = defaults.eos_token_id[0]
@@ -129,12 +138,15 @@ def save_package(
             (beside / name).write_text(text, encoding="utf-8")
         for path in [beside, *beside.iterdir()]:  # mkdtemp and safetensors make them readable by their owner only
             path.chmod(0o755 if path.is_dir() else 0o644)
-        if folder.exists():
-            folder.rmdir()  # it is empty: the run would not have started otherwise
-        beside.replace(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"The model cannot be saved in {folder}: {error}.") from None
         raise
+    try:
+        beside.replace(folder)  # over an empty folder, if there is one
+    except OSError as error:
+        raise UserError(f"The model is whole in {beside}, but could not be moved to {folder}: {error}.") from None
 
 
 @torch.no_grad()
@@ -145,8 +157,10 @@ def answers(
     if not prompts:
         return []
     batch = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
+    room = tokenizer.model_max_length - batch.input_ids.shape[1]
     torch.manual_seed(0)
-    ids = model.eval().generate(**batch, generation_config=defaults)
+    longest = min(defaults.max_new_tokens, room)
+    ids = model.eval().generate(**batch, generation_config=defaults, max_new_tokens=longest)
     return [
         text.strip() for text in tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     ]
@@ -165,9 +179,12 @@ def _load(loader, name: str, **options):
     _check_there(name)
     try:
         return loader.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:  # transformers raises both for files that are missing or that it cannot read
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{name} does not hold a model that transformers can load ({first}).") from None
+    except UNREADABLE as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{name} does not hold a model that transformers can load ({type(error).__name__}: {said}). If files are "
+            "missing or cut off, fetch them again; after a git clone, run `git lfs pull`."
+        ) from None
 
 
 def _check_there(name: str) -> None:

@@ -40,8 +40,8 @@ class TrainingProgress:
         now = time.monotonic()
         if self.bar.disable and (now - self.last_line > LINE_SECONDS or step == self.steps):
             self.last_line = now
-            left = (now - self.begun) / step * (self.steps - step)
+            minutes, seconds = divmod(round((now - self.begun) / step * (self.steps - step)), 60)
             self.note(
                 f"step {step}/{self.steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
-                f"{left // 60:.0f}:{left % 60:02.0f} left"
+                f"{minutes}:{seconds:02} left"
             )

@@ -29,9 +29,8 @@ ROUND = 256  # the LM head sees a multiple of so many tokens
 class History:
     """What happened. Losses are means in nats over answer tokens."""
 
-    rows: list[dict] = field(
-        default_factory=list
-    )  # {step, loss since the row before, learning_rate, heldout if measured}
+    # {step, loss since the row before, learning_rate, heldout if it was measured there}
+    rows: list[dict] = field(default_factory=list)
     heldout: list[float] = field(default_factory=list)  # before the first update, then as often as asked
     steps: int = 0
     tokens: int = 0
@@ -79,7 +78,8 @@ def train(
     model, optimizer = accelerator.prepare(model, optimizer)
 
     rows = pack([len(document.ids) for document in training], length)
-    updates = max(1, round(len(rows) * length / config.batch_tokens))  # in one epoch, of as equal a size as can be
+    updates = round(len(rows) * length / config.batch_tokens)  # in one epoch, of as equal a size as can be
+    updates = min(max(1, updates), len(rows))
     micro_rows = max(1, config.micro_batch_tokens // length)
     total = updates * config.epochs if config.max_steps is None else min(updates * config.epochs, config.max_steps)
     evaluate_at = {round(total * i / config.evaluations) for i in range(1, config.evaluations + 1)}
@@ -89,6 +89,7 @@ def train(
     def evaluate() -> None:
         if heldout:
             losses = heldout_loss(model, heldout, length, micro_rows, pad_id, accelerator)
+            check_finite(losses[None], history.steps, config)
             history.heldout_by_category = {name: loss for name, loss in losses.items() if name is not None}
             history.heldout.append(losses[None])
             if history.rows:
@@ -128,11 +129,7 @@ def train(
             learned += answer_tokens
             if history.steps % 5 == 0 or history.steps in evaluate_at:  # reading the loss waits for the device
                 loss = summed.item() / learned
-                if not math.isfinite(loss):
-                    raise UserError(
-                        f"the loss is {loss} at step {history.steps}: nothing was written. "
-                        f"Lower --learning-rate (now {config.learning_rate}) or use --dtype float32."
-                    )
+                check_finite(loss, history.steps, config)
                 history.rows.append(
                     {"step": history.steps, "loss": loss, "learning_rate": optimizer.param_groups[0]["lr"]}
                 )
@@ -145,6 +142,14 @@ def train(
                 evaluating += time.monotonic() - paused
     history.seconds = time.monotonic() - begun
     return history
+
+
+def check_finite(loss: float, step: int, config: TrainConfig) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The loss is {loss} at step {step}: nothing was written. "
+            f"Lower --learning-rate (now {config.learning_rate}) or use --dtype float32."
+        )
 
 
 def token_losses(model: PreTrainedModel, batch: Batch, accelerator: Accelerator) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """The package of every family: the pipeline answers strings and messages alike and stops by itself."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -102,9 +104,42 @@ def test_a_failed_save_leaves_nothing_behind(bases, tmp_path):
     tokenizer = dolly_tokenizer(base)
     models.add_control_tokens(model, base, tokenizer)
     defaults = models.generation_defaults(tokenizer, model, do_sample=False)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="cannot be saved"):
         models.save_package(model, tokenizer, tmp_path / "out", defaults, {"no/such/folder/README.md": "x"})
     assert list(tmp_path.iterdir()) == []
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "late").touch()  # appeared while the model trained
+    with pytest.raises(UserError, match="is whole in") as told:
+        models.save_package(model, tokenizer, tmp_path / "out", defaults, {})
+    rescued = re.search(r"whole in (\S+),", str(told.value))[1]
+    assert models.load_package(rescued)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"{}"])
+def test_a_damaged_package_is_explained(bases, tmp_path, name, content):
+    shutil.copytree(bases["qwen3"], tmp_path / "base")
+    (tmp_path / "base" / name).write_bytes(content)
+    with pytest.raises(UserError, match="does not hold a model"):
+        models.load_tokenizer(str(tmp_path / "base"))
+        models.load_base(str(tmp_path / "base"))
+
+
+def test_a_base_whose_card_is_broken_has_no_known_licence(bases, tmp_path):
+    assert models.license_of(str(bases["gpt2"])) is None
+    for card, licence in [("---\nlicense: [a\n---\n", None), ("---\nlicense: mit\n---\n", "mit")]:
+        (tmp_path / "README.md").write_text(card)
+        assert models.license_of(str(tmp_path)) == licence
+
+
+def test_sample_answers_end_at_the_window(bases):
+    base = models.load_tokenizer(str(bases["gpt2"]))
+    tokenizer, model = dolly_tokenizer(base), models.load_base(str(bases["gpt2"]))
+    tokenizer.model_max_length = 256
+    models.add_control_tokens(model, base, tokenizer)
+    defaults = models.generation_defaults(tokenizer, model, do_sample=False, max_new_tokens=5000)
+    assert len(models.answers(model, tokenizer, ["Hello " * 30, "Hi"], defaults)) == 2
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
         trainer.train(model, documents(60), [], 32, 0, CONFIG)
 
 
+def test_a_heldout_loss_that_is_not_finite_stops_the_run_too():
+    model = model_of("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3, 0] = float("inf")
+    with pytest.raises(UserError, match=r"at step 0"):
+        trainer.train(model, documents(60), documents(5), 32, 0, CONFIG)
+
+
+def test_an_update_is_never_less_than_a_row():
+    history = trainer.train(model_of("gpt2"), documents(9), [], 32, 0, replace(CONFIG, batch_tokens=1, epochs=1))
+    assert history.steps == len(pack([len(d.ids) for d in documents(9)], 32))
+
+
+def test_the_head_sees_few_shapes():
+    keep = torch.zeros(4, 512, dtype=torch.bool)
+    for count in (0, 1, 255, 256, 257, 2047, 2048):
+        keep.view(-1)[torch.randperm(2048)[:count]] = True
+        wider, learned = trainer.rounded(keep)
+        assert wider.sum() % trainer.ROUND == 0 and torch.equal(wider & keep, keep)
+        assert len(learned) == wider.sum() and learned.sum() == keep.sum()
+        keep.zero_()
+
+
 def test_the_learning_rate_rises_then_falls_to_a_tenth():
     rates = [trainer.rate(step, 100, replace(CONFIG, warmup=0.1)) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
