@@ -6,6 +6,7 @@ reported together, before anything is loaded.
 
 import argparse
 import difflib
+import tempfile
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,7 +34,7 @@ class TrainConfig:
     epochs: int = setting(3, "passes over the records")
     max_steps: int | None = setting(None, "stop after so many updates")
     batch_tokens: int = setting(8192, "tokens of one update, padding included")
-    micro_batch_tokens: int = setting(4096, "tokens of one forward pass: less needs less memory")
+    micro_batch_tokens: int = setting(4096, "tokens of one forward pass, at least one row: less needs less memory")
     learning_rate: float = setting(1e-5, "highest learning rate")
     schedule: typing.Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after warm-up")
     warmup: float = setting(0.03, "share of the updates with a rising learning rate")
@@ -52,6 +53,7 @@ class TrainConfig:
     private: bool = setting(False, "make the pushed repository private")
 
 
+ROOT = Path(__file__).parent.parent
 # The first setting of each group of --help.
 GROUPS = {
     "base": "model and data",
@@ -59,11 +61,12 @@ GROUPS = {
     "max_new_tokens": "the model's own sampling",
     "push_to_hub": "hub",
 }
+# The least and the greatest value of a number, and a value that is allowed besides.
 RANGES = {
     "validation": (0, 0.5), "max_length": (16, None), "epochs": (1, None), "max_steps": (1, None),
     "batch_tokens": (1, None), "micro_batch_tokens": (1, None), "learning_rate": (0, 1), "warmup": (0, 1),
-    "weight_decay": (0, None), "max_grad_norm": (0, None), "evaluations": (1, None), "max_new_tokens": (1, None),
-    "temperature": (0, 5), "top_p": (0, 1), "repetition_penalty": (0.5, 3),
+    "weight_decay": (0, 1), "max_grad_norm": (1e-6, 1e6), "seed": (0, 2**63 - 1), "evaluations": (1, None),
+    "max_new_tokens": (1, None), "temperature": (0.01, 5, 0), "top_p": (0.01, 1), "repetition_penalty": (0.5, 3),
 }  # fmt: skip
 
 EXAMPLES = """examples:
@@ -74,37 +77,63 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str]) -> TrainConfig:
-    """The configuration of a command line.
+    """The configuration of a command line. The default `base` and `data` are found from any folder.
 
-    Raises `UserError` naming every key that is unknown or has a bad value, and an output folder that is in use.
+    Raises `UserError` naming every key that is unknown, given twice or has a bad value, and an unfit output folder.
     """
     options = _parser().parse_args(argv)
     problems: list[str] = []
-    values = _read(options.config, problems) if options.config else {}
-    given = {name: value for name, value in vars(options).items() if name != "config" and value is not None}
-    for name, value in given.items():
-        values[name] = (value, "--" + name.replace("_", "-"))
-
     known, config = {f.name: f for f in fields(TrainConfig)}, {}
+    values = {name: (f.default, _option(name)) for name, f in known.items()}
+    if options.config is not None:
+        values |= _read(options.config, problems)
+    given = {name: value for name, value in vars(options).items() if name != "config" and value is not None}
+    values |= {name: (value, _option(name)) for name, value in given.items()}
+
     for name, (value, where) in values.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             meant = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"{where}: unknown setting {name}{meant}")
+            problems.append(f"{where} is not a setting{meant}")
             continue
         try:
-            config[name] = _convert(value, _kind(known[name]), RANGES.get(name))
+            optional = value is None and known[name].default is None
+            config[name] = None if optional else _convert(value, _kind(known[name]), RANGES.get(name))
         except ValueError as error:
-            problems.append(f"{where}: {name} {error}, not {value!r}")
-    folder = Path(config.get("output", TrainConfig.output))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        problems.append(f"--output: {folder} exists and is not empty; name another folder, or remove it first")
+            problems.append(f"{where} {error}, not {value!r}")
+    if "output" in config and (unfit := _unfit(Path(config["output"]))):
+        problems.append(f"{values['output'][1]}: {config['output']} {unfit}; name another folder")
     if problems:
+        count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
         listed = "\n  ".join(problems)
-        raise UserError(
-            f"the settings have {len(problems)} mistake(s):\n  {listed}\n`python train.py --help` lists all."
-        )
+        raise UserError(f"the settings have {count}:\n  {listed}\n`python train.py --help` lists all.")
+
+    for name in ("base", "data"):
+        if config[name] == known[name].default and not Path(config[name]).exists():
+            config[name] = str(ROOT / config[name])
     return TrainConfig(**config)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _unfit(folder: Path) -> str | None:
+    """Why the package cannot be put in place as `folder`: it is written beside it and then renamed."""
+    try:
+        if folder.is_symlink():
+            return "is a symbolic link"
+        if folder.exists() and not folder.is_dir():
+            return "is a file"
+        if folder.exists() and folder.samefile(Path.cwd()):
+            return "is the current folder"
+        if folder.exists() and any(folder.iterdir()):
+            return "exists and is not empty"
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=parent).cleanup()
+    except OSError as error:
+        return f"cannot be made ({error.strerror})"
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     for f in fields(TrainConfig):
         if f.name in GROUPS:
             group = cli.add_argument_group(GROUPS[f.name])
-        kind, option = _kind(f), "--" + f.name.replace("_", "-")
+        kind, option = _kind(f), _option(f.name)
         default = "" if f.default in (None, False) else f" (default: {f.default})"
         text = (f.metadata["help"] + default).replace("%", "%%")
         if kind is bool:
@@ -133,22 +162,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read(path: str, problems: list[str]) -> dict[str, tuple[object, str]]:
-    """The values of a YAML file, each with the place that it stands at."""
+    """The values of a YAML file by the text of their keys, each with the place that it stands at."""
+    values, lines = {}, {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        pairs = [] if root is None else root.value
+        if root and not (isinstance(root, yaml.MappingNode) and all(isinstance(key.value, str) for key, _ in pairs)):
+            problems.append(f"{path} does not hold `setting: value` lines")
+            return {}
+        for key, node in pairs:
+            name, line = key.value, key.start_mark.line + 1
+            if name in lines:
+                problems.append(f"{path}, line {line}: {name} is given already in line {lines[name]}")
+            lines[name] = line
+            values[name] = (loader.construct_object(node, deep=True), f"{path}, line {line}: {name}")
     except OSError as error:
-        problems.append(f"--config: {path} cannot be read ({error.strerror})")
-        return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"--config {path!r} cannot be read ({error.strerror})")
+    # What PyYAML raises for `!!bool x` (KeyError), `!!timestamp x` (AttributeError), 2001-99-99 and a very deep list.
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
         problems.append(f"{path} is not valid YAML: {' '.join(str(error).split())}")
-        return {}
-    if values is not None and not isinstance(values, dict):
-        problems.append(f"{path} does not hold `setting: value` lines")
-        return {}
-    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value} if values else {}
-    return {str(key): (value, f"{path}, line {lines[str(key)]}") for key, value in (values or {}).items()}
+    return values
 
 
 def _kind(f) -> type:
@@ -157,7 +191,7 @@ def _kind(f) -> type:
     return f.type if typing.get_origin(f.type) is typing.Literal or not kinds else kinds[0]
 
 
-def _convert(value, kind, limits: tuple[float | None, float | None] | None):
+def _convert(value, kind, limits: tuple[float | None, ...] | None):
     """A value of the command line (text) or of YAML as `kind`; `ValueError` says what it must be."""
     if typing.get_origin(kind) is typing.Literal:
         if value not in typing.get_args(kind):
@@ -177,7 +211,8 @@ def _convert(value, kind, limits: tuple[float | None, float | None] | None):
         number = kind(value)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"must be a {'whole ' if kind is int else ''}number") from None
-    low, high = limits or (None, None)
-    if not (number == number and (low is None or number >= low) and (high is None or number <= high)):
-        raise ValueError(f"must be at least {low}" if high is None else f"must lie between {low} and {high}")
-    return number
+    low, high, *besides = limits
+    if number in besides or (number >= low and (high is None or number <= high)):
+        return number
+    either = "".join(f"be {value} or " for value in besides)
+    raise ValueError(f"must be at least {low}" if high is None else f"must {either}lie between {low} and {high}")

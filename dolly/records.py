@@ -19,7 +19,7 @@ from pathlib import Path
 from dolly.errors import UserError
 from dolly.prompt import Message, user_text
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES, PACKED = (".jsonl", ".json", ".csv", ".parquet"), (".gz", ".zip", ".xz", ".bz2", ".zst")
 INSTRUCTION, CONTEXT = ("instruction", "prompt", "question"), ("context", "input")
 RESPONSE, MESSAGES = ("response", "output", "completion", "answer"), ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -45,17 +45,20 @@ class Problem:
 def read_records(source: str) -> tuple[list[Record], list[Problem]]:
     """All records of a file or Hub data set; together with the problems they account for every line but blank ones.
 
-    Raises `UserError` when the source does not exist, is of an unknown kind or holds nothing.
+    Raises `UserError` when the source does not exist, is of an unknown kind, cannot be read or holds nothing.
     """
     records, problems = [], []
-    for line, row in _rows(source):
-        if isinstance(row, Problem):
-            problems.append(row)
-            continue
-        try:
-            records.append(Record(_messages(row), str(row.get("category") or ""), line))
-        except ValueError as error:
-            problems.append(Problem(line, str(error)))
+    try:
+        for line, row in _rows(source):
+            if isinstance(row, Problem):
+                problems.append(row)
+                continue
+            try:
+                records.append(Record(_messages(row), _text(row.get("category"), "category"), line))
+            except ValueError as error:
+                problems.append(Problem(line, str(error)))
+    except OSError as error:  # pyarrow's for a damaged page has no strerror
+        raise UserError(f"{source} cannot be read ({error.strerror or error}).") from None
     if not records and not problems:
         raise UserError(f"{source} is empty. Put at least one record in it, for example\n  {EXAMPLE}")
     return records, problems
@@ -69,7 +72,7 @@ def split(records: list[Record], fraction: float) -> tuple[list[Record], list[Re
     `fraction`, so the split neither depends on the order nor changes for old records when new ones are added, and
     equal questions stay on one side. A small file still gives one validation record when it has two questions.
     """
-    if fraction == 0:
+    if fraction == 0 or not records:
         return records, []
     places = [_place(record) for record in records]
     bound = max(fraction, min(places))
@@ -102,13 +105,17 @@ def _place(record: Record) -> float:
 
 
 def _rows(source: str) -> Iterator[tuple[int, dict | Problem]]:
-    path = Path(source)
-    if path.is_file() and path.suffix in SUFFIXES:
-        return {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[path.suffix](path)
+    if not source:
+        raise UserError("The name of the data is empty. Give a file, or the id of a data set on the Hub.")
+    path, suffix = Path(source), Path(source).suffix.lower()
+    if path.is_file() and suffix in SUFFIXES:
+        return {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[suffix](path)
+    if path.is_file() and suffix in PACKED:
+        raise UserError(f"{source} is packed: unpack it first.")
     if path.exists():
         kind = "a folder" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
         raise UserError(f"{source} is {kind}; Dolly reads {', '.join(SUFFIXES)} files and Hub data set ids.")
-    if path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise UserError(f"There is no file {source}. Check the path (it is taken from {Path.cwd()}).")
     return _hub(source)
 
@@ -147,13 +154,19 @@ def _json(path: Path) -> Iterator[tuple[int, dict | Problem]]:
 
 def _csv(path: Path) -> Iterator[tuple[int, dict | Problem]]:
     csv.field_size_limit(2**31 - 1)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as text:
-            rows = csv.DictReader(text, restkey="", strict=True)
+    with path.open(encoding="utf-8-sig", newline="") as text:
+        rows = csv.DictReader(text, strict=True)
+        try:
             for row in rows:
-                yield rows.line_num, row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as CSV in UTF-8 ({error}). Export it again, or use JSONL.") from None
+                more = Problem(
+                    rows.line_num, "more fields than columns (a comma inside a text needs quotes around the text)"
+                )
+                yield rows.line_num, more if None in row else row
+        except csv.Error as error:
+            where = f"{path}, line {rows.line_num + 1}"  # where the broken row begins
+            raise UserError(f"{where}: not valid CSV ({error}). Export it again, or use JSONL.") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error}). Export it again as UTF-8.") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
@@ -163,7 +176,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             yield from enumerate((row for batch in table.iter_batches() for row in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a Parquet file ({error}).") from None
 
 
@@ -183,16 +196,15 @@ def _messages(row: dict) -> list[Message]:
         return _conversation(row[key], key)
     instruction, response = _present(row, INSTRUCTION), _present(row, RESPONSE)
     if instruction is None or response is None:
-        found = ", ".join(str(column) for column in row) or "none"
-        raise ValueError(f"no column for the {'instruction' if instruction is None else 'response'} (columns: {found})")
+        found = ", ".join(map(str, row)).encode(errors="backslashreplace").decode() or "none"
+        missing = "instruction" if instruction is None else "response"
+        hint = "; separate the columns by commas" if re.search("[;\t]", found) else ""
+        raise ValueError(f"no column for the {missing} (columns: {found}){hint}")
     context = _present(row, CONTEXT)
-    texts = [_text(row[instruction], instruction), _text(row[response], response)]
-    note = "" if context is None or row[context] is None else row[context]
-    if not isinstance(note, str):
-        raise ValueError(f'"{context}" is not text')
+    note = _text(row[context], context) if context else ""
     return [
-        {"role": "user", "content": user_text(texts[0], note)},
-        {"role": "assistant", "content": texts[1].strip()},
+        {"role": "user", "content": user_text(_filled(row[instruction], instruction), note)},
+        {"role": "assistant", "content": _filled(row[response], response).strip()},
     ]
 
 
@@ -200,9 +212,10 @@ def _conversation(turns, key: str) -> list[Message]:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f'"{key}" is not a list of turns')
     messages = []
-    for turn in turns:
-        role = turn.get("role", turn.get("from"))
-        content = _text(turn.get("content", turn.get("value")), f"content of turn {len(messages) + 1}")
+    for number, turn in enumerate(turns, 1):
+        role = _text(turn.get("role", turn.get("from")), f"role of turn {number}")
+        name = f"content of turn {number}"
+        content = _filled(_joined(turn.get("content", turn.get("value")), name), name)
         messages.append({"role": ROLES.get(role, role), "content": content.strip()})
     roles = [message["role"] for message in messages]
     roles = roles[1:] if roles[:1] == ["system"] else roles
@@ -211,11 +224,29 @@ def _conversation(turns, key: str) -> list[Message]:
     return messages
 
 
-def _text(value, name: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f'"{name}" is not text')
-    if not (value or "").strip():
+def _joined(content, name: str):
+    """A content given as parts, [{"type": "text", "text": ...}], as one; any other as it is."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        raise ValueError(f'"{name}" has a part that is not text')
+    return "".join(_text(part.get("text"), name) for part in content)
+
+
+def _filled(value, name: str) -> str:
+    text = _text(value, name)
+    if not text.strip():
         raise ValueError(f'"{name}" is empty')
+    return text
+
+
+def _text(value, name: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f'"{name}" is not text')
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f'"{name}" holds half a character (a lone surrogate)')
     return value
 
 

@@ -6,10 +6,12 @@ import pandas
 import pytest
 
 from dolly.errors import UserError
-from dolly.records import Record, explain, read_records, split
+from dolly.records import SUFFIXES, Record, explain, read_records, split
 
 GOOD = {"instruction": "Name a fruit.", "context": "", "response": "The apple.", "category": "open_qa"}
 TURNS = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "The apple."}]
+
+PART = {"type": "text"}
 
 
 def write(path, *rows):
@@ -25,6 +27,7 @@ def write(path, *rows):
         {"prompt": "Name a fruit.", "completion": " The apple."},
         {"question": "Name a fruit.", "answer": "The apple.", "id": 7},
         {"messages": TURNS},
+        {"messages": [TURNS[0] | {"content": [PART | {"text": "Name "}, PART | {"text": "a fruit."}]}, TURNS[1]]},
         {"conversations": [{"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": "The apple."}]},
     ],
 )
@@ -92,11 +95,14 @@ def test_every_mistake_is_named_by_its_line_and_nothing_is_lost(tmp_path):
         ("one.json", "{}", "not a list of records"),
         ("broken.json", "[{]", "not valid JSON"),
         ("fake.parquet", "PAR", "not a Parquet file"),
+        ("quotes.csv", 'instruction,response\na,b\n"c" d,e\nf,g\n', "line 3: not valid CSV"),
+        ("latin.csv", b"instruction,response\na,caf\xe9\n", "not UTF-8"),
+        ("rows.jsonl.GZ", "x", "unpack it first"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_explained(tmp_path, name, content, said):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=said):
         read_records(str(tmp_path / name))
 
@@ -104,6 +110,67 @@ def test_a_file_that_cannot_be_read_is_explained(tmp_path, name, content, said):
 def test_a_folder_is_no_file_of_records(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         read_records(str(tmp_path))
+
+
+def test_an_empty_name_of_the_data_is_explained():
+    with pytest.raises(UserError, match="name of the data is empty"):
+        read_records("")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_the_system_does_not_read_is_named(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    path.symlink_to("/proc/self/mem")  # a regular file whose first page nobody may read, the superuser included
+    with pytest.raises(UserError, match=rf"x\{suffix} "):
+        read_records(str(path))
+
+
+def test_a_damaged_page_of_parquet_is_told(tmp_path):
+    path = tmp_path / "x.parquet"
+    pandas.DataFrame([GOOD] * 100).to_parquet(path)
+    path.write_bytes(path.read_bytes()[:4] + b"\xff" * 8 + path.read_bytes()[12:])
+    with pytest.raises(UserError, match=r"x\.parquet cannot be read"):
+        read_records(str(path))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (GOOD | {"response": "b \ud800"}, '"response" holds half a character (a lone surrogate)'),
+        (GOOD | {"context": "\udfff"}, '"context" holds half a character (a lone surrogate)'),
+        (GOOD | {"category": "\ud800"}, '"category" holds half a character (a lone surrogate)'),
+        (GOOD | {"category": 7}, '"category" is not text'),
+        ({"\ud800": 1}, "no column for the instruction (columns: \\ud800)"),
+        ({"messages": [{"role": ["user"], "content": "a"}, TURNS[1]]}, '"role of turn 1" is not text'),
+        ({"messages": [TURNS[0], {"role": {}, "content": "a"}]}, '"role of turn 2" is not text'),
+        ({"messages": [{"content": "a"}, TURNS[1]]}, 'the turns of "messages" do not alternate'),
+        ({"messages": [TURNS[0] | {"content": [{"type": "image"}]}, TURNS[1]]}, '"content of turn 1" has a part'),
+        ({"messages": [TURNS[0] | {"content": ["a"]}, TURNS[1]]}, '"content of turn 1" has a part'),
+        ({"messages": [TURNS[0] | {"content": []}, TURNS[1]]}, '"content of turn 1" is empty'),
+    ],
+)
+def test_an_odd_value_is_a_problem_of_its_record(tmp_path, row, said):
+    records, [problem] = read_records(write(tmp_path / "x.jsonl", row))
+    assert not records
+    assert problem.what.startswith(said)
+
+
+def test_a_category_may_be_absent(tmp_path):
+    rows = [GOOD | {"category": None}, {"prompt": "a", "answer": "b"}]
+    records, problems = read_records(write(tmp_path / "x.jsonl", *rows))
+    assert [record.category for record in records] == ["", ""] and not problems
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_another_separator_of_columns_is_hinted_at(tmp_path, separator):
+    path = tmp_path / "x.csv"
+    path.write_text(f"instruction{separator}response\na{separator}b\n")
+    [problem] = read_records(str(path))[1]
+    assert "separate the columns by commas" in problem.what
+
+
+def test_a_suffix_may_be_in_capitals(tmp_path):
+    assert len(read_records(write(tmp_path / "X.JSONL", GOOD))[0]) == 1
 
 
 def questions(*texts):
@@ -133,3 +200,11 @@ def test_a_small_file_is_split_too_and_one_question_is_all_for_training():
     assert [len(part) for part in split(questions("a", "b", "c"), 0.05)] == [2, 1]
     assert [len(part) for part in split(questions("a"), 0.05)] == [1, 0]
     assert [len(part) for part in split(questions("a", "b"), 0.0)] == [2, 0]
+    assert split([], 0.05) == ([], [])
+
+
+def test_a_csv_row_with_surplus_fields_is_a_problem_and_an_index_column_is_not(tmp_path):
+    (tmp_path / "x.csv").write_text(",instruction,response\n0,Name a fruit.,The apple.\n1,Two, three,four\n")
+    records, problems = read_records(str(tmp_path / "x.csv"))
+    assert [record.messages for record in records] == [TURNS]
+    assert [(problem.line, problem.what[:16]) for problem in problems] == [(3, "more fields than")]
