@@ -103,7 +103,7 @@ def main():
     cli.add_argument("--hidden", type=int, default=256)
     cli.add_argument("--layers", type=int, default=8)
     cli.add_argument("--rows", type=int, default=16, help="rows of 256 tokens a step")
-    cli.add_argument("--lr", type=float, default=3e-3)
+    cli.add_argument("--lr", type=float, default=6e-3)
     cli.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     args = cli.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
