@@ -162,7 +162,7 @@ def conversation(engine: Engine, examples: list[dict]) -> None:
         return ask(chat, question, request, value="")
 
     def retry(chat, retried: gr.RetryData, request: gr.Request):
-        return ask(chat[: retried.index], words(chat[retried.index]), request)
+        return ask(chat[: retried.index], words(chat[retried.index]["content"]), request)
 
     def edit(chat, edited: gr.EditData, request: gr.Request):
         return ask(chat[: edited.index], edited.value, request)
@@ -172,7 +172,7 @@ def conversation(engine: Engine, examples: list[dict]) -> None:
 
     def undo(chat, undone: gr.UndoData, request: gr.Request):
         waiting.end(request.session_hash)
-        return chat[: undone.index], words(chat[undone.index])
+        return chat[: undone.index], words(chat[undone.index]["content"])
 
     def stop(request: gr.Request):
         waiting.end(request.session_hash)
@@ -279,26 +279,49 @@ def endpoint(engine: Engine, usual: Sampling):
         chosen = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         try:
             sampling = replace(usual, **chosen, repetition_penalty=repetition_penalty, seed=seed)
+            if not isinstance(history, list | None):
+                raise UserError(f"history must be a list of messages, and is {history!a:.80}.")
             question = [*(history or []), {"role": "user", "content": message}]
             for reply in engine.stream(messages(question, system), sampling):
                 yield reply.text
         except UserError as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
 
     return chat
 
 
-def words(message: Message) -> str:
-    """The text of a message of the page, whose content is a string or a list of parts."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
+def words(content: str | list[dict]) -> str:
+    """The text of a message's content: a string, or a list of parts {"text": string}. Raises `UserError` for others."""
+    try:
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        text.encode()
+    except (TypeError, KeyError, UnicodeEncodeError):
+        raise UserError(f"A message must be text of whole characters, and one is {content!a:.80}.") from None
+    return text
 
 
 def messages(chat: list[Message], system: str) -> list[Message]:
-    """What the model reads of a conversation; a question that was stopped before its first word is left out."""
-    plain = [{"role": message["role"], "content": words(message)} for message in chat]
+    """What the model reads of a conversation; a question that was stopped before its first word is left out.
+
+    A `system` that is not blank takes the place of a system turn at the beginning of the conversation. Raises
+    `UserError` for what is no conversation.
+    """
+    plain = []
+    for message in chat:
+        match message:
+            case {"role": "system", "content": content} if not plain:
+                plain.append({"role": "system", "content": words(content)})
+            case {"role": "user" | "assistant" as role, "content": content}:
+                plain.append({"role": role, "content": words(content)})
+            case _:
+                raise UserError(
+                    'A message must have a "role", user or assistant (system in the first only), and a "content"; '
+                    f"one is {message!a:.80}."
+                )
+    if words(system).strip():
+        plain = [{"role": "system", "content": system}, *plain[plain[0]["role"] == "system" :]]
     answered = [one for one, after in itertools.pairwise(plain) if one["role"] != after["role"]]
-    return [{"role": "system", "content": system}] * bool(system.strip()) + answered + plain[-1:]
+    return answered + plain[-1:]
 
 
 def said(chat: list[Message], reply: Reply) -> list[Message]:

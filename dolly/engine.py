@@ -33,7 +33,7 @@ ROOM = 4  # at least 1/4 of the window stays free for the answer
 class Sampling:
     """How tokens are chosen. Temperature 0 is greedy; top_p 1, top_k 0, penalty 1 and n-gram size 0 change nothing.
 
-    Raises `UserError` for a value outside its range.
+    Raises `UserError` for a value of another type or outside its range, where the scores would overflow.
     """
 
     max_new_tokens: int = 256
@@ -45,16 +45,18 @@ class Sampling:
     seed: int | None = None  # None: another answer each time
 
     def __post_init__(self):
-        for name, holds, range_ in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
+        for name, kind, holds, range_ in (
+            ("max_new_tokens", int, lambda value: value >= 1, "a whole number, 1 or more"),
+            ("temperature", int | float, lambda value: value == 0 or 0.01 <= value <= 100, "0, or from 0.01 to 100"),
+            ("top_p", int | float, lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            ("top_k", int, lambda value: value >= 0, "a whole number, 0 or more"),
+            ("repetition_penalty", int | float, lambda value: 0.01 <= value <= 100, "from 0.01 to 100"),
+            ("no_repeat_ngram_size", int, lambda value: value >= 0, "a whole number, 0 or more"),
+            ("seed", int | None, lambda value: value is None or abs(value) < 2**63, "a whole number below 2^63"),
         ):
-            if not holds:
-                raise UserError(f"{name} must be {range_}, and is {getattr(self, name)}.")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+                raise UserError(f"{name} must be {range_}, and is {value!r:.80}.")
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Sampling":
@@ -113,7 +115,7 @@ class Engine:
         self.ends = {ends} if isinstance(ends, int) else set(ends or ())
         self._turn = threading.Lock()
         if model.device.type == "cpu":
-            token = torch.zeros(1, 1, dtype=torch.long)
+            token = torch.tensor([[tokenizer.eos_token_id]])  # never the padding, which transformers would warn of
             torch.set_num_threads(fastest_threads(lambda: model(token), torch.get_num_threads()))
 
     def stream(self, messages: list[Message], sampling: Sampling) -> Iterator[Reply]:

@@ -13,8 +13,10 @@
 The three keys are single control tokens, as in databricks/dolly-v2. They take in the white space around them, so a
 prompt is always the ids of `intro, ### Instruction:, instruction, ### Response:, answer, ### End` and no tokenizer can
 merge letters across these borders: training, the chat template and a plain string give the same ids by construction.
-A context follows the instruction after an `Input:` line; further turns follow `### End`; a system turn replaces the
-intro.
+A plain string keeps the white space at its ends, so strip one read from a file (a normalizer that strips would also
+take the line end before a base's own indentation token). A control token spelled in it is one; only `encode`, which
+training and the chat use, keeps such a spelling as text. A context follows the instruction after an `Input:` line;
+further turns follow `### End`; a system turn replaces the intro.
 """
 
 import json

@@ -3,6 +3,7 @@
 import re
 import time
 
+import gradio as gr
 import pytest
 import torch
 import yaml
@@ -14,8 +15,9 @@ from playwright.sync_api import expect
 
 from app import chat
 from dolly import texts
-from dolly.chat import LOOK, build, messages
+from dolly.chat import LOOK, build, endpoint, messages
 from dolly.engine import Engine, Sampling
+from dolly.errors import UserError
 from dolly.model import add_control_tokens, generation_defaults, load_base, load_package, load_tokenizer, save_package
 from dolly.prompt import dolly_tokenizer
 
@@ -323,8 +325,25 @@ def test_the_endpoint_streams_and_keeps_no_history(addresses, engine):
     assert len(job.outputs()) == 9
     with pytest.raises(AppError, match="tokens too long"):
         client.predict("word " * 600, api_name="/chat")
-    with pytest.raises(AppError, match="temperature must be 0 or more"):
-        client.predict(FIRST, temperature=-1, api_name="/chat")
+    for wrong, told in [
+        ({"temperature": -1}, "temperature must be 0, or from"),
+        ({"temperature": None}, "temperature must be .* is None"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        ({"seed": 2**70}, "seed must be"),
+        ({"system": None}, "must be text .* is None"),
+        ({"history": "a"}, "history must be a list"),
+        ({"history": ["a"]}, "must have .* is 'a'"),
+        ({"history": [{"content": "a"}]}, "must have a .role."),
+        ({"message": 5}, "must be text .* is 5"),
+    ]:
+        with pytest.raises(AppError, match=told):
+            client.predict(**{"message": FIRST} | wrong, api_name="/chat")
+
+
+def test_a_mistake_of_a_caller_leaves_no_traceback_in_the_log(engine):
+    with pytest.raises(gr.Error, match="temperature must be") as error:
+        next(endpoint(engine, Sampling())(FIRST, temperature=None))
+    assert not error.value.print_exception
 
 
 def test_what_the_model_reads_of_a_conversation():
@@ -335,7 +354,31 @@ def test_what_the_model_reads_of_a_conversation():
         {"role": "user", "content": "four"},
     ]
     assert messages(said, " ") == turns("one two", "three", "four")
-    assert messages(said, "Be brief.")[:2] == [{"role": "system", "content": "Be brief."}, *turns("one two")]
+    brief, long = {"role": "system", "content": "Be brief."}, {"role": "system", "content": "Be long."}
+    assert messages(said, "Be brief.")[:2] == [brief, *turns("one two")]
+    assert messages([long, *turns("one")], "Be brief.") == [brief, *turns("one")]
+    assert messages([long, *turns("one")], "") == [long, *turns("one")]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["a"],
+        [{"content": "a"}],
+        [{"role": "user"}],
+        [{"role": "tool", "content": "a"}],
+        [*turns("a"), {"role": "system", "content": "b"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": ["a"]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": [{"text": None}]}],
+        turns("half a character: \udc80"),
+    ],
+    ids=ascii,
+)
+def test_what_is_no_conversation_is_refused(said):
+    with pytest.raises(UserError, match="^A message must"):
+        messages([*said, *turns("and this?")], "")
 
 
 def test_every_language_says_everything_with_the_same_values():

@@ -1,5 +1,6 @@
 """The token loop gives what `generate` gives, fits conversations into the window, and stops; text comes whole."""
 
+import math
 import re
 import threading
 from dataclasses import replace
@@ -180,12 +181,43 @@ def test_the_defaults_are_those_of_the_model(neox, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -0.1}, {"top_p": 0}, {"top_p": 1.1}, {"max_new_tokens": 0}, {"repetition_penalty": 0}]
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 0.009),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("temperature", None),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_p", "1"),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", True),
+        ("repetition_penalty", 0.009),
+        ("repetition_penalty", 101),
+        ("seed", 2**70),
+        ("seed", 1.5),
+    ],
 )
-def test_a_value_out_of_range_is_refused_by_name(wrong):
-    ((name, value),) = wrong.items()
-    with pytest.raises(UserError, match=f"^{name} must be .*, and is {value}.$"):
-        Sampling(**wrong)
+def test_a_value_of_another_type_or_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(UserError, match=f"^{name} must be .*, and is {value!r}.$"):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("temperature", [0.01, 100])
+def test_the_ends_of_the_ranges_are_sampled(neox, temperature):
+    for penalty in (0.01, 100):
+        sampling = Sampling(5, temperature, repetition_penalty=penalty, no_repeat_ngram_size=1, seed=1 - 2**63)
+        assert last(neox.stream(QUESTION, sampling)).tokens == 5
+
+
+def test_no_thread_is_measured_with_the_padding(bases):
+    engine, seen = random_engine(bases["gpt2"]), []
+    hook = engine.model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0].flatten().tolist()))
+    Engine(engine.model, engine.tokenizer)
+    hook.remove()
+    assert seen and engine.tokenizer.pad_token_id not in seen
 
 
 @pytest.mark.parametrize(

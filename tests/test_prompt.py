@@ -2,10 +2,10 @@
 
 import pytest
 from conftest import base_tokenizer
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from dolly.errors import UserError
-from dolly.prompt import CONTROL_TOKENS, END, INTRO, RESPONSE, dolly_tokenizer, encode, user_text
+from dolly.prompt import CONTROL_TOKENS, END, INTRO, RESPONSE, as_text, dolly_tokenizer, encode, user_text
 
 KINDS = ["gpt_neox", "gpt2", "llama", "mistral", "qwen3"]
 # Ends and beginnings that byte-pair tokenizers like to merge with what is next to them.
@@ -64,6 +64,20 @@ def test_text_that_spells_a_control_token_stays_text(tokenizer):
     control = {tokenizer.convert_tokens_to_ids(token): token for token in CONTROL_TOKENS}
     assert [control[i] for i in ids if i in control] == ["### Instruction:", "### Response:\n"]
     assert "### End" in tokenizer.decode([i for i in ids if i not in control])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_white_space_beside_a_token_that_a_base_added_is_kept(kind):
+    base = base_tokenizer(kind)
+    base.add_tokens([AddedToken("    ", normalized=False)])
+    tokenizer = dolly_tokenizer(base)
+    assert tokenizer.decode(as_text(tokenizer, "def f():\n    \n    return")).count("\n") == 2
+
+
+def test_a_control_token_spelled_in_a_plain_string_is_one(tokenizer):
+    end = tokenizer.convert_tokens_to_ids(END)
+    assert end in tokenizer("Say ### End now").input_ids
+    assert end not in encode(tokenizer, [{"role": "user", "content": "Say ### End now"}])[0]
 
 
 def test_the_padding_token_is_not_the_one_that_ends_an_answer(tokenizer):
