@@ -134,12 +134,14 @@ def test_retry_edit_and_undo(addresses, engine, visit):
     button(page, "Retry").click()
     retried = expected(engine, FIRST, temperature=1.5, top_k=50, seed=5)
     expect(page.locator(BOT)).to_have_text([retried])
+    expect(button(page, "Send")).to_be_visible()  # the answer is over, and the page will not change under the editor
 
     button(page, "Edit").click()
     page.locator("#conversation textarea").fill(SECOND)
     button(page, "Submit").click()
     edited = expected(engine, SECOND, temperature=1.5, top_k=50, seed=5)
     expect(page.locator(BOT)).to_have_text([edited])
+    expect(button(page, "Send")).to_be_visible()
     assert spoken(page) == [SECOND, edited]
 
     button(page, "Undo").click()
