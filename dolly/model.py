@@ -1,9 +1,10 @@
 """Models: loading a base, giving it the control tokens, saving the package, loading a package to talk to.
 
-The package is a plain transformers folder without code: `pipeline("text-generation", model=FOLDER)` gives a string and
-a list of messages the same ids, and stops at `### End`.
+The package is a plain transformers folder without code: `pipeline("text-generation", model=FOLDER)` gives a string
+without white space at its ends and a list of messages the same ids, and stops at `### End`.
 """
 
+import copy
 import json
 import os
 import re
@@ -159,8 +160,9 @@ def answers(
     batch = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
     room = tokenizer.model_max_length - batch.input_ids.shape[1]
     torch.manual_seed(0)
-    longest = min(defaults.max_new_tokens, room)
-    ids = model.eval().generate(**batch, generation_config=defaults, max_new_tokens=longest)
+    within = copy.deepcopy(defaults)
+    within.max_new_tokens = min(defaults.max_new_tokens, room)
+    ids = model.eval().generate(**batch, generation_config=within)
     return [
         text.strip() for text in tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     ]
