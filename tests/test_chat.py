@@ -127,12 +127,21 @@ def test_retry_edit_and_undo(addresses, engine, visit):
     ask(page, FIRST)
     answered(page)
     page.get_by_role("button", name="Settings").first.click()
+    expect(page.get_by_role("spinbutton", name="Seed")).to_be_visible()
+    page.wait_for_timeout(500)  # Gradio mounts the controls of an accordion after it shows them
     page.get_by_label("number input for Temperature").fill("1.5")
     page.get_by_label("number input for Temperature").press("Tab")
+    expect(page.get_by_label("range slider for Temperature")).to_have_value("1.5")
     page.get_by_role("spinbutton", name="Seed").fill("5")
     page.get_by_role("spinbutton", name="Seed").press("Tab")
-    button(page, "Retry").click()
     retried = expected(engine, FIRST, temperature=1.5, top_k=50, seed=5)
+    for _ in range(4):  # Gradio takes a number over a moment after the key, and nothing on the page tells when
+        page.wait_for_timeout(500)
+        button(page, "Retry").click()
+        page.wait_for_timeout(500)
+        expect(button(page, "Send")).to_be_visible()
+        if page.locator(BOT).inner_text().strip() == retried:
+            break
     expect(page.locator(BOT)).to_have_text([retried])
     expect(button(page, "Send")).to_be_visible()  # the answer is over, and the page will not change under the editor
 
