@@ -1,6 +1,6 @@
 """Pushing a model to the Hugging Face Hub: the check before a run that it will be possible, and the push after it.
 
-A push never costs the run: what fails ends in `PushFailed`, whose message holds the command that finishes it.
+A push never costs the run: what fails ends in `PushError`, whose message holds the command that finishes it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ WAITS = (1, 5, 20)
 FAILURES = (HTTPError, OSError, RuntimeError, ValueError)
 
 
-class PushFailed(UserError):  # noqa: N818 - reads as what happened
+class PushError(UserError):
     """A push that did not finish. The model lies whole in its folder, and the message says how to go on."""
 
     exit_code = 3
@@ -77,7 +77,7 @@ def check_write(name: str, private: bool) -> str:
 def push(folder: Path, repo_id: str, private: bool) -> str:
     """Uploads a package and returns its URL. What arrived in an earlier attempt is not sent again.
 
-    Weights of an earlier package that this one does not have are deleted. Raises `PushFailed`.
+    Weights of an earlier package that this one does not have are deleted. Raises `PushError`.
     """
     api = HfApi()
     waits = iter(WAITS)
@@ -95,7 +95,7 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
         except FAILURES as error:
             wait = next(waits, None)
             if wait is None or not _may_pass(error):
-                raise PushFailed(_unfinished(folder, repo_id, private, _reason(error))) from error
+                raise PushError(_unfinished(folder, repo_id, private, _reason(error))) from error
             print(f"{_reason(error)}; trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
 

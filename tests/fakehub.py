@@ -147,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         except HubError as problem:
             return self.send(problem.status, problem.body, problem.headers)
 
-    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = answer  # noqa: N815 - names that http.server calls
+    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = answer
 
     def routed(self) -> tuple[int, bytes | dict | list, dict]:
         if match := re.fullmatch(rf"/(?:(datasets|spaces)/)?{REPO}/resolve/([^/]+)/(.+)", self.route):
