@@ -4,6 +4,7 @@ The package is a plain transformers folder without code: `pipeline("text-generat
 without white space at its ends and a list of messages the same ids, and stops at `### End`.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -123,27 +124,24 @@ def save_package(
 
     Raises `UserError` when the folder cannot be written, and says where the model is when it is whole elsewhere.
     """
+    model.generation_config = defaults
+    model.config.get_text_config().eos_token_id = defaults.eos_token_id[0]
+    model.config.get_text_config().pad_token_id = defaults.pad_token_id
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    except OSError as error:
+        with contextlib.ExitStack() as undo:
+            undo.callback(shutil.rmtree, beside, ignore_errors=True)
+            model.to(torch.bfloat16).save_pretrained(beside, max_shard_size=MAX_SHARD)
+            tokenizer.save_pretrained(beside)
+            _for_transformers_4(beside / "tokenizer_config.json")
+            for name, text in files.items():
+                (beside / name).write_text(text, encoding="utf-8")
+            for path in [beside, *beside.iterdir()]:  # mkdtemp and safetensors make them readable by their owner only
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            undo.pop_all()
+    except (OSError, SafetensorError) as error:
         raise UserError(f"The model cannot be saved in {folder}: {error}.") from None
-    try:
-        model.generation_config = defaults
-        model.config.get_text_config().eos_token_id = defaults.eos_token_id[0]
-        model.config.get_text_config().pad_token_id = defaults.pad_token_id
-        model.to(torch.bfloat16).save_pretrained(beside, max_shard_size=MAX_SHARD)
-        tokenizer.save_pretrained(beside)
-        _for_transformers_4(beside / "tokenizer_config.json")
-        for name, text in files.items():
-            (beside / name).write_text(text, encoding="utf-8")
-        for path in [beside, *beside.iterdir()]:  # mkdtemp and safetensors make them readable by their owner only
-            path.chmod(0o755 if path.is_dir() else 0o644)
-    except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"The model cannot be saved in {folder}: {error}.") from None
-        raise
     try:
         beside.replace(folder)  # over an empty folder, if there is one
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 
 import pytest
@@ -114,6 +115,21 @@ def test_a_failed_save_leaves_nothing_behind(bases, tmp_path):
         models.save_package(model, tokenizer, tmp_path / "out", defaults, {})
     rescued = re.search(r"whole in (\S+),", str(told.value))[1]
     assert models.load_package(rescued)
+
+
+def test_weights_that_find_no_room_are_explained_and_leave_nothing(bases, tmp_path):
+    base = models.load_tokenizer(str(bases["gpt2"]))
+    tokenizer, model = dolly_tokenizer(base), models.load_base(str(bases["gpt2"]))
+    models.add_control_tokens(model, base, tokenizer)
+    defaults = models.generation_defaults(tokenizer, model, do_sample=False)
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, allowed[1]))  # the weights are larger
+    try:
+        with pytest.raises(UserError, match="cannot be saved"):
+            models.save_package(model, tokenizer, tmp_path / "out", defaults, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
