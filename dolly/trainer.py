@@ -172,7 +172,7 @@ def rounded(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A mask that keeps up to `ROUND` - 1 more tokens, and which of the kept ones [kept tokens] were asked for.
 
     oneDNN compiles a product for every shape and holds on to it: with a new number of answer tokens in every batch a
-    run on the CPU grew by 5 MiB an update, to 3.6 GiB.
+    run on the CPU grew by 5 MiB an update, to 5.2 GiB after 504.
     """
     more = torch.zeros_like(keep).flatten()
     more[(~keep).flatten().nonzero().flatten()[: -int(keep.sum()) % ROUND]] = True
