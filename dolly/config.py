@@ -40,9 +40,27 @@ class TrainConfig:
     warmup: float = setting(0.03, "share of the updates with a rising learning rate")
     weight_decay: float = setting(0.0, "decay of the matrices")
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm")
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = setting("auto", "of the matrix products; auto: by hardware")
+    optimizer: typing.Literal["adamw", "adamw-8bit"] = setting("adamw", "8bit: a quarter of its memory, by bitsandbytes")
     seed: int = setting(0, "of the order of the records, and of dropout")
     evaluations: int = setting(4, "how often to measure the held-out loss after the first time")
+    checkpoint_every: int = setting(200, "updates between two checkpoints, 0 for none; they are kept until the end")
+    resume: bool = setting(False, "go on from the newest checkpoint of the run that was to write --output")
+
+    lora_rank: int = setting(0, "train adapters of this rank beside every matrix of the layers; 0 trains all weights")
+    lora_alpha: int | None = setting(None, "scale of the adapters, in ranks (2 * lora_rank)")
+    quantize: bool = setting(False, "hold the weights under the adapters in 4 bits (QLoRA, by bitsandbytes)")
+    merge: bool = setting(True, "add the adapters to the weights at the end; else the package holds them alone")
+
+    dtype: typing.Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "of the matrix products; auto: by hardware"
+    )
+    gradient_checkpointing: typing.Literal["auto", "on", "off"] = setting(
+        "auto", "compute the layers again for the gradient instead of keeping them; auto: where memory asks for it"
+    )
+    compile: bool = setting(False, "compile the layers with torch.compile")
+    deepspeed: typing.Literal["zero1", "zero2", "zero3"] | None = setting(
+        None, "share optimizer (1), gradients (2), weights (3) among the processes"
+    )
 
     max_new_tokens: int = setting(256, "longest answer by default")
     temperature: float = setting(0.7, "0 always takes the likeliest word")
@@ -58,6 +76,8 @@ ROOT = Path(__file__).parent.parent
 GROUPS = {
     "base": "model and data",
     "epochs": "training",
+    "lora_rank": "adapters",
+    "dtype": "hardware",
     "max_new_tokens": "the model's own sampling",
     "push_to_hub": "hub",
 }
@@ -66,6 +86,7 @@ RANGES = {
     "validation": (0, 0.5), "max_length": (16, None), "epochs": (1, None), "max_steps": (1, None),
     "batch_tokens": (1, None), "micro_batch_tokens": (1, None), "learning_rate": (0, 1), "warmup": (0, 1),
     "weight_decay": (0, 1), "max_grad_norm": (1e-6, 1e6), "seed": (0, 2**63 - 1), "evaluations": (1, None),
+    "checkpoint_every": (0, None), "lora_rank": (0, 4096), "lora_alpha": (1, None),
     "max_new_tokens": (1, None), "temperature": (0.01, 5, 0), "top_p": (0.01, 1), "repetition_penalty": (0.5, 3),
 }  # fmt: skip
 
