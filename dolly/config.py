@@ -23,7 +23,7 @@ def setting(default, help: str):
 @dataclass(frozen=True)
 class TrainConfig:
     base: str = setting("data/base", "model to fine-tune: a folder, or an id on the Hugging Face Hub")
-    data: str = setting("data/instructions.jsonl", "records: .jsonl, .json, .csv, .parquet or a Hub id")
+    data: str = setting("data/instructions.jsonl", "records: .jsonl, .json, .csv, .parquet, .txt or a Hub id")
     output: str = setting("models/dolly", "folder to write; it must not exist or be empty")
     validation: float = setting(0.05, "share of the records held out to measure the result")
     max_length: int | None = setting(None, "tokens of the longest record (the base's limit, at most 1024)")
@@ -40,7 +40,9 @@ class TrainConfig:
     warmup: float = setting(0.03, "share of the updates with a rising learning rate")
     weight_decay: float = setting(0.0, "decay of the matrices")
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm")
-    optimizer: typing.Literal["adamw", "adamw-8bit"] = setting("adamw", "8bit: a quarter of its memory, by bitsandbytes")
+    optimizer: typing.Literal["adamw", "adamw-8bit"] = setting(
+        "adamw", "8bit: a quarter of its memory, by bitsandbytes"
+    )
     seed: int = setting(0, "of the order of the records, and of dropout")
     evaluations: int = setting(4, "how often to measure the held-out loss after the first time")
     checkpoint_every: int = setting(200, "updates between two checkpoints, 0 for none; they are kept until the end")
@@ -124,6 +126,7 @@ def parse(argv: list[str]) -> TrainConfig:
             problems.append(f"{where} {error}, not {value!r}")
     if "output" in config and (unfit := _unfit(Path(config["output"]))):
         problems.append(f"{values['output'][1]}: {config['output']} {unfit}; name another folder")
+    problems += _at_odds(config)
     if problems:
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
         listed = "\n  ".join(problems)
@@ -133,6 +136,17 @@ def parse(argv: list[str]) -> TrainConfig:
         if config[name] == known[name].default and not Path(config[name]).exists():
             config[name] = str(ROOT / config[name])
     return TrainConfig(**config)
+
+
+def _at_odds(config: dict) -> list[str]:
+    """What two settings say that do not go together."""
+    alone = [] if config.get("lora_rank") else ["lora_alpha", "quantize", "merge"]
+    defaults = {f.name: f.default for f in fields(TrainConfig)}
+    said = [name for name in alone if config.get(name, defaults[name]) != defaults[name]]
+    problems = [f"{_option(name)} is about adapters: give --lora-rank too, 16 for example" for name in said]
+    if config.get("quantize") and config.get("deepspeed") == "zero3":
+        problems.append("--quantize keeps the weights whole in each process: use --deepspeed zero2 instead of zero3")
+    return problems
 
 
 def _option(name: str) -> str:

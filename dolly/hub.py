@@ -77,8 +77,15 @@ def check_write(name: str, private: bool) -> str:
 def push(folder: Path, repo_id: str, private: bool) -> str:
     """Uploads a package and returns its URL. What arrived in an earlier attempt is not sent again.
 
-    Weights of an earlier package that this one does not have are deleted. Raises `PushError`.
+    Weights of an earlier package that this one does not have are deleted. Raises `PushError`, and `UserError` for
+    adapters whose base is a folder, where nobody else has it.
     """
+    named = folder / "adapter_config.json"
+    if named.exists() and Path(base := json.loads(named.read_text())["base_model_name_or_path"]).is_dir():
+        raise UserError(
+            f"{folder} holds adapters alone, and their base is the folder {base}. Push that as a model of its own and "
+            "train from its id, or train without --no-merge."
+        )
     api = HfApi()
     waits = iter(WAITS)
     while True:

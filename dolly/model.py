@@ -1,7 +1,8 @@
 """Models: loading a base, giving it the control tokens, saving the package, loading a package to talk to.
 
 The package is a plain transformers folder without code: `pipeline("text-generation", model=FOLDER)` gives a string
-without white space at its ends and a list of messages the same ids, and stops at `### End`.
+without white space at its ends and a list of messages the same ids, and stops at `### End`. A package of adapters
+alone (see `dolly.adapters`) names its base, by Hub id or by the absolute path of a folder, and needs it to be loaded.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,18 +24,25 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import find_adapter_config_file, is_bitsandbytes_available
 
+from dolly import launch
 from dolly.errors import UserError
-from dolly.prompt import CONTROL_TOKENS, END
+from dolly.prompt import CONTROL_TOKENS
 
 MAX_SHARD = "5GB"
 # What transformers raises for files that are missing, damaged, or do not fit together.
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
+# Weights in any format that transformers knows; a folder without such a file is a configuration to start from.
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.pth", "*.ckpt*", "*.h5", "*.msgpack", "*.gguf")
+# Their attention is in float32 for this reason (modeling_gptj.py), or overflows (the card of microsoft/phi-2).
+OVERFLOW_IN_FLOAT16 = {"codegen", "gpt_neo", "gptj", "phi"}
 if not torch.cuda.is_available():
     os.environ.setdefault(
         "DS_ACCELERATOR", "cpu"
@@ -59,9 +68,50 @@ def license_of(name: str) -> str | None:
         return None
 
 
-def load_base(name: str) -> PreTrainedModel:
-    """A model to fine-tune, with float32 weights; autocast lowers the products where the hardware is good at it."""
-    return _load(AutoModelForCausalLM, name, dtype=torch.float32)
+def overflows_in_float16(name: str) -> bool:
+    """Whether activations of the model are known to exceed 65,504, or may, its weights being stored in bfloat16."""
+    config = _load(AutoConfig, name)
+    text = config.get_text_config()
+    return text.model_type in OVERFLOW_IN_FLOAT16 or torch.bfloat16 in (config.dtype, text.dtype)
+
+
+def starts_at_random(name: str) -> bool:
+    """Whether a folder holds a configuration and no weights."""
+    return Path(name, "config.json").is_file() and not any(any(Path(name).glob(pattern)) for pattern in WEIGHTS)
+
+
+def load_base(name: str, dtype: torch.dtype = torch.float32, quantize: bool = False) -> PreTrainedModel:
+    """A model to fine-tune with weights of `dtype`: float32 to train them (autocast lowers the products where the
+    hardware is good at it), that of the products to freeze them under adapters.
+
+    quantize: hold the matrices of the layers in 4 bits, NF4 with quantized constants (QLoRA, arXiv:2305.14314), on the
+    current GPU where there is one. A folder that holds a configuration and no weights gives random ones, by torch's
+    seed. Raises `UserError` where bitsandbytes is missing, or some of the weights.
+    """
+    if quantize and not is_bitsandbytes_available():
+        raise UserError("--quantize needs bitsandbytes: pip install bitsandbytes")
+    if starts_at_random(name):
+        if quantize:
+            raise UserError(f"{name} holds a configuration and no weights to quantize: leave --quantize out.")
+        config = _load(AutoConfig, name)
+        if launch.is_first():
+            print(f"{name} holds a configuration and no weights: they start at random.")
+        with _explained(name):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if not quantize:
+        return _load_model(name, dtype=dtype)
+    in_4_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = _load_model(name, dtype=dtype, quantization_config=in_4_bits)
+    for module in model.modules():
+        # A CPU with avx512_bf16 would pack the weights anew in the first evaluation, and these give no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_package(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -77,35 +127,35 @@ def load_package(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
             f"Fine-tune it first: python train.py --base {name} --data YOUR.jsonl --output models/mine"
         )
     cuda = torch.cuda.is_available()
-    model = _load(AutoModelForCausalLM, name, dtype=torch.bfloat16 if cuda else torch.float32)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    model = _load_adapted(name, tokenizer, dtype) if _holds_adapters(name) else _load_model(name, dtype=dtype)
     return model.to("cuda" if cuda else "cpu").eval(), tokenizer
+
+
+def make_room(model: PreTrainedModel, base: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Grows the embedding and the head if they have no rows for all tokens; the control tokens that `base` lacks.
+
+    Bases pad their table (Pythia: 50,254 tokens in 50,304 rows); shrinking it to the tokenizer would lose the padding.
+    """
+    _grow(model, len(tokenizer))
+    known = base.get_vocab()
+    return [tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS if token not in known]
 
 
 def add_control_tokens(
     model: PreTrainedModel, base: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Gives tokens that `tokenizer` has and `base` lacks the mean embedding, growing the table only when it is full.
+    """Makes room for the control tokens that `base` lacks and gives them the mean embedding, to be trained from there.
 
-    Bases pad their table (Pythia: 50,254 tokens in 50,304 rows); shrinking it to the tokenizer would lose the padding.
+    With adapters `dolly.adapters.add_adapters` does it instead, which leaves the rows of the base as they are.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    known = base.get_vocab()
-    new = [tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS if token not in known]
-    if not new:
-        return
-    old = min(len(base), rows)
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            layer.weight[new] = layer.weight[:old].mean(0)
-            if getattr(layer, "bias", None) is not None:
-                layer.bias[new] = layer.bias[:old].mean()
+    if new := make_room(model, base, tokenizer):
+        _set_to_mean(model, new, min(new))
 
 
 def generation_defaults(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, **sampling) -> GenerationConfig:
     """How the package answers unless asked otherwise: `sampling`, and an end at `### End` or the base's own end."""
-    ends = [tokenizer.convert_tokens_to_ids(END)]
+    ends = [tokenizer.eos_token_id]
     base_end = model.config.get_text_config().eos_token_id
     for end in base_end if isinstance(base_end, list) else [base_end]:
         if end is not None and end not in ends:
@@ -120,7 +170,8 @@ def save_package(
     defaults: GenerationConfig,
     files: dict[str, str],
 ) -> None:
-    """Writes the package and further text `files`; it appears whole or not at all. Turns `model` to bfloat16.
+    """Writes the package and further text `files`; it appears whole or not at all. Turns `model` to bfloat16, or
+    saves its adapters alone, in float32, if it has some.
 
     Raises `UserError` when the folder cannot be written, and says where the model is when it is whole elsewhere.
     """
@@ -132,7 +183,11 @@ def save_package(
         beside = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
         with contextlib.ExitStack() as undo:
             undo.callback(shutil.rmtree, beside, ignore_errors=True)
-            model.to(torch.bfloat16).save_pretrained(beside, max_shard_size=MAX_SHARD)
+            if hasattr(model, "peft_config"):
+                model.save_pretrained(beside, save_embedding_layers=False)
+                defaults.save_pretrained(beside)
+            else:
+                model.to(torch.bfloat16).save_pretrained(beside, max_shard_size=MAX_SHARD)
             tokenizer.save_pretrained(beside)
             _for_transformers_4(beside / "tokenizer_config.json")
             for name, text in files.items():
@@ -171,20 +226,77 @@ def _for_transformers_4(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("backend", None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config["additional_special_tokens"] = config.pop("extra_special_tokens", list(CONTROL_TOKENS))
+    config["additional_special_tokens"] = config.pop("extra_special_tokens", [])
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _load(loader, name: str, **options):
     _check_there(name)
-    try:
+    with _explained(name):
         return loader.from_pretrained(name, **options)
+
+
+def _load_model(name: str, **options) -> PreTrainedModel:
+    model, loaded = _load(AutoModelForCausalLM, name, output_loading_info=True, **options)
+    if missing := sorted(loaded["missing_keys"]):
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(
+            f"{name} lacks weights of {type(model).__name__}: {named}. They would be random; "
+            "the files are not whole, or are those of another kind of model."
+        )
+    return model
+
+
+def _holds_adapters(name: str) -> bool:
+    with _explained(name):  # a folder with a base as well is transformers' to put together
+        return find_adapter_config_file(name) is not None and not Path(name, "config.json").exists()
+
+
+def _load_adapted(name: str, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> PreTrainedModel:
+    """The base of a package of adapters with these added to its weights."""
+    from dolly import adapters  # peft takes three seconds to import
+
+    with _explained(name):
+        base = adapters.base_of(name)
+    try:
+        model = _load_model(base, dtype=dtype)
+    except UserError as error:
+        raise UserError(f"{name} holds adapters, which need the model that they were trained on. {error}") from None
+    _grow(model, len(tokenizer))
+    with _explained(name):
+        model = adapters.merged(adapters.load_adapters(model, name))
+    model.generation_config = _load(GenerationConfig, name)
+    return model
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
     except UNREADABLE as error:
         said = " ".join(str(error).split())[:300]
         raise UserError(
             f"{name} does not hold a model that transformers can load ({type(error).__name__}: {said}). If files are "
             "missing or cut off, fetch them again; after a git clone, run `git lfs pull`."
         ) from None
+
+
+def _grow(model: PreTrainedModel, rows: int) -> None:
+    """Adds rows to the embedding and the head, the mean of those there, as transformers does but for its noise."""
+    old = model.get_input_embeddings().weight.shape[0]
+    if rows > old:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        _set_to_mean(model, list(range(old, rows)), old)
+
+
+@torch.no_grad()
+def _set_to_mean(model: PreTrainedModel, rows: list[int], old: int) -> None:
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight[rows] = layer.weight[:old].mean(0)
+        if getattr(layer, "bias", None) is not None:
+            layer.bias[rows] = layer.bias[:old].mean()
 
 
 def _check_there(name: str) -> None:
@@ -195,7 +307,7 @@ def _check_there(name: str) -> None:
     looks_local = path.is_absolute() or name.startswith((".", "~")) or (len(path.parts) > 1 and path.parent.is_dir())
     if looks_local or path.suffix == ".yaml" or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name):
         raise UserError(f"There is no folder {name} (looked in {Path.cwd()}).")
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
         return
     try:
         model_info(name, timeout=10)

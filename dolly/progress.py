@@ -11,8 +11,8 @@ LINE_SECONDS = 10  # between two lines of a log
 class TrainingProgress:
     """A context manager: `update` after each step, `note` for a line that stays."""
 
-    def __init__(self, steps: int):
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(self, steps: int, quiet: bool = False):
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
         self.steps, self.begun, self.last_line = steps, time.monotonic(), 0.0
         self.bar = Progress(
             TextColumn("training"),
@@ -21,7 +21,7 @@ class TrainingProgress:
             TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("training", total=steps, loss="-", speed="-")
 

@@ -20,7 +20,9 @@ further turns follow `### End`; a system turn replaces the intro.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -29,6 +31,7 @@ from dolly.errors import UserError
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 INSTRUCTION, RESPONSE, END = "### Instruction:", "### Response:\n", "### End"
 CONTROL_TOKENS = (INSTRUCTION, RESPONSE, END)
+TOGETHER = 2**20  # characters that the tokenizer gets at once; it needs 150 bytes for each
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -73,9 +76,7 @@ def dolly_tokenizer(base: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
             f"The tokenizer of {base.name_or_path} ({type(base).__name__}) has no tokenizer.json, which Dolly needs "
             "to keep its prompt in the package. Use a base that ships one, or convert it with transformers first."
         )
-    begins = base("x", add_special_tokens=True).input_ids[:1]
-    bos = base.bos_token if begins == [base.bos_token_id] else ""
-
+    bos = bos_token(base)
     backend = Tokenizer.from_str(base.backend_tokenizer.to_str())
     backend.add_special_tokens(list(CONTROL_TOKENS))
     spec = json.loads(backend.to_str())
@@ -114,32 +115,77 @@ def dolly_tokenizer(base: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     )
 
 
+def bos_token(base: PreTrainedTokenizerBase) -> str:
+    """The token that `base` puts before a text; "" where it puts none, as GPT-2, which has one."""
+    begins = base("x", add_special_tokens=True).input_ids[:1]
+    return base.bos_token if begins == [base.bos_token_id] else ""
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> tuple[list[int], list[bool]]:
     """The ids of a conversation, and for each whether it is learned: the answers and their `### End`.
 
     Every part is tokenised apart and joined. Text that spells a control token is encoded as text. A conversation that
     ends with a user turn gets `### Response:` after it, ready to be answered.
     """
-    system = messages[0]["content"] if messages[0]["role"] == "system" else INTRO
-    control = {token: tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS}
-    ids = [tokenizer.bos_token_id] if tokenizer.bos_token else []
-    ids += as_text(tokenizer, system)
-    learned = [False] * len(ids)
-    turns = messages[messages[0]["role"] == "system" :]
-    for turn in turns:
-        answers = turn["role"] == "assistant"
-        text = as_text(tokenizer, turn["content"])
-        ids += [control[RESPONSE], *text, control[END]] if answers else [control[INSTRUCTION], *text]
-        learned += [False, *[answers] * len(text)] + [True] * answers
-    if turns[-1]["role"] == "user":
-        ids.append(control[RESPONSE])
-        learned.append(False)
-    return ids, learned
+    ids, learned = next(encode_all(tokenizer, [messages]))
+    return ids.tolist(), learned.tolist()
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`encode` for many conversations, as arrays of int32 and of bool."""
+    instruction, response, end = ([tokenizer.convert_tokens_to_ids(token)] for token in CONTROL_TOKENS)
+    contents = (message["content"].strip() for messages in conversations for message in messages)
+    texts = as_texts(tokenizer, contents)
+    intro = as_text(tokenizer, INTRO)
+    begin = [([tokenizer.bos_token_id], False)] if tokenizer.bos_token else []
+    for messages in conversations:
+        system = messages[0]["role"] == "system"
+        parts = [*begin, (next(texts) if system else intro, False)]
+        for turn in messages[system:]:
+            if turn["role"] == "assistant":
+                parts += [(response, False), (next(texts), True), (end, True)]
+            else:
+                parts += [(instruction, False), (next(texts), False)]
+        if messages[-1]["role"] == "user":
+            parts.append((response, False))
+        ids, learned = zip(*parts, strict=True)
+        yield np.concatenate(ids, dtype=np.int32), np.repeat(learned, [len(part) for part in ids])
 
 
 def as_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """The ids of `text` without surrounding white space, no control token among them whatever it spells."""
-    return tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    return next(as_texts(tokenizer, [text.strip()])).tolist()
+
+
+def as_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """The ids of each text as it is, int32, no control token among them whatever it spells.
+
+    The Rust tokenizer gets many texts at once, which it spreads over the cores unless TOKENIZERS_PARALLELISM=false.
+    """
+    for batch in _together(texts):
+        encoded = tokenizer(
+            batch,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        yield from (np.array(ids, dtype=np.int32) for ids in encoded.input_ids)
+
+
+def _together(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= TOGETHER:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _special(name: str) -> dict:

@@ -1,11 +1,14 @@
 """Records: what they are, reading them from a file or the Hub, and the fixed split into training and validation.
 
-A record is one conversation that ends with an answer. It is read from any of these columns:
+A record is a conversation that ends with an answer, or a plain text. It is read from any of these columns:
 
     instruction, context, response, category     databricks-dolly-15k, and this project
     instruction, input, output                   Alpaca
     prompt (or question), completion (or answer)
     messages: [{"role", "content"}]              or ShareGPT's conversations: [{"from", "value"}]
+    text                                         a plain text, where nothing stands in the columns above
+
+A .txt file is one plain text.
 """
 
 import csv
@@ -19,7 +22,7 @@ from pathlib import Path
 from dolly.errors import UserError
 from dolly.prompt import Message, user_text
 
-SUFFIXES, PACKED = (".jsonl", ".json", ".csv", ".parquet"), (".gz", ".zip", ".xz", ".bz2", ".zst")
+SUFFIXES, PACKED = (".jsonl", ".json", ".csv", ".parquet", ".txt"), (".gz", ".zip", ".xz", ".bz2", ".zst")
 INSTRUCTION, CONTEXT = ("instruction", "prompt", "question"), ("context", "input")
 RESPONSE, MESSAGES = ("response", "output", "completion", "answer"), ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -27,11 +30,15 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
 @dataclass(frozen=True)
 class Record:
-    """`messages` alternate user and assistant turns after an optional system turn and end with the assistant's."""
+    """`messages` alternate user and assistant turns after an optional system turn and end with the assistant's.
+
+    A plain text is in `text`, and has no messages.
+    """
 
     messages: list[Message]
     category: str
     line: int  # of the file, from 1; for Parquet, JSON lists and Hub data sets the row
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ def read_records(source: str) -> tuple[list[Record], list[Problem]]:
                 problems.append(row)
                 continue
             try:
-                records.append(Record(_messages(row), _text(row.get("category"), "category"), line))
+                records.append(_record(row, line))
             except ValueError as error:
                 problems.append(Problem(line, str(error)))
     except OSError as error:  # pyarrow's for a damaged page has no strerror
@@ -68,9 +75,9 @@ EXAMPLE = '{"instruction": "Name a fruit.", "context": "", "response": "The appl
 
 
 def split(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
-    """Training and validation records. A record is held out when the hash of its first user turn falls in the lowest
-    `fraction`, so the split neither depends on the order nor changes for old records when new ones are added, and
-    equal questions stay on one side. A small file still gives one validation record when it has two questions.
+    """Training and validation records. A record is held out when the hash of its first user turn (or of its text)
+    falls in the lowest `fraction`, so the split neither depends on the order nor changes for old records when new ones
+    are added, and equal questions stay on one side. A small file still gives one when it has two questions.
     """
     if fraction == 0 or not records:
         return records, []
@@ -99,8 +106,8 @@ def _some(lines: list[int]) -> str:
 
 
 def _place(record: Record) -> float:
-    first = next(message["content"] for message in record.messages if message["role"] == "user")
-    words = " ".join(re.findall(r"\w+", first.casefold()))
+    first = record.text or next(message["content"] for message in record.messages if message["role"] == "user")
+    words = re.sub(r"\W+", " ", first.casefold()).strip(" ")
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8]) / 2**64
 
 
@@ -109,7 +116,7 @@ def _rows(source: str) -> Iterator[tuple[int, dict | Problem]]:
         raise UserError("The name of the data is empty. Give a file, or the id of a data set on the Hub.")
     path, suffix = Path(source), Path(source).suffix.lower()
     if path.is_file() and suffix in SUFFIXES:
-        return {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[suffix](path)
+        return {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}[suffix](path)
     if path.is_file() and suffix in PACKED:
         raise UserError(f"{source} is packed: unpack it first.")
     if path.exists():
@@ -169,6 +176,15 @@ def _csv(path: Path) -> Iterator[tuple[int, dict | Problem]]:
             raise UserError(f"{path} is not UTF-8 text ({error}). Export it again as UTF-8.") from None
 
 
+def _txt(path: Path) -> Iterator[tuple[int, dict]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}). Save it again as UTF-8.") from None
+    if text.strip():
+        yield 1, {"text": text}
+
+
 def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
     import pyarrow
     import pyarrow.parquet
@@ -188,6 +204,14 @@ def _hub(name: str) -> Iterator[tuple[int, dict]]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"There is no file {name}, and no such data set on the Hub can be read ({error}).") from None
     yield from enumerate(rows, 1)
+
+
+def _record(row: dict, line: int) -> Record:
+    """The record in a row; `ValueError` says what is wrong with it."""
+    category = _text(row.get("category"), "category")
+    if "text" in row and not any(row.get(name) for name in MESSAGES + INSTRUCTION + RESPONSE):
+        return Record([], category, line, _filled(row["text"], "text"))
+    return Record(_messages(row), category, line)
 
 
 def _messages(row: dict) -> list[Message]:

@@ -71,6 +71,7 @@ class CardFacts:
     history: list[dict] = field(default_factory=list)  # {"step", "loss"} and {"step", "heldout"}, by step
     samples: list[dict] = field(default_factory=list)  # {"prompt", "before", "after"}
     examples: dict[str, str] = field(default_factory=dict)  # title -> prompt, for the Hub's own chat box
+    assistant: bool = True  # else trained on plain texts, which it continues
 
 
 def model_card(facts: CardFacts) -> str:
@@ -82,7 +83,7 @@ def model_card(facts: CardFacts) -> str:
         ("## What it learned from", _data(facts)),
         ("## How it was trained", _training(facts)),
         ("## Before and after", _samples(facts)),
-        ("## Limits", LIMITS),
+        ("## Limits", LIMITS if facts.assistant else ""),
     ]
     body = "\n\n".join(f"{heading}\n\n{text.strip()}" for heading, text in sections if text)
     return str(ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{body}\n"))
@@ -114,10 +115,11 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         library_name="transformers",
         license=facts.license,
         pipeline_tag="text-generation",
-        tags=["conversational", "instruction-following", "dolly"],
+        tags=["conversational", "instruction-following", "dolly"] if facts.assistant else ["dolly"],
         widget=[
             {"example_title": title, "messages": [{"role": "user", "content": prompt}]}
             for title, prompt in facts.examples.items()
+            if facts.assistant
         ]
         or None,
         eval_results=results,
@@ -130,6 +132,9 @@ def _introduction(facts: CardFacts) -> str:
     text = (
         f"An assistant: {linked}, fine-tuned by Dolly to follow instructions, on {facts.train_records:,} records of "
         "instructions and their answers."
+        if facts.assistant
+        else f"{linked}, trained further by Dolly on {facts.train_records:,} plain texts. It continues a text; "
+        "it does not follow instructions until it is fine-tuned on some."
     )
     if facts.license is None:
         text += "\n\nNo licence is stated: those of the base model and of the training records hold."
@@ -137,6 +142,8 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
+    if not facts.assistant:
+        return f"As a base for fine-tuning: `python train.py --base {facts.name} --data YOUR.jsonl`."
     plain = (prompt for prompt in facts.examples.values() if prompt.isprintable() and not set('"\\') & set(prompt))
     prompt = next(plain, "Write a tweet announcing a new bakery.")
     where = "" if "/" in facts.name else "  # the path of this folder, or its id on the Hub"

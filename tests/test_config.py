@@ -150,3 +150,18 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "link"]
     monkeypatch.chdir("empty")
     assert "is the current folder" in mistakes("--output", ".")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--quantize"], "--quantize is about adapters: give --lora-rank"),
+        (["--no-merge", "--lora-alpha", "8"], "--lora-alpha is about adapters"),
+        (["--lora-rank", "4", "--quantize", "--deepspeed", "zero3"], "zero2 instead"),
+        (["--deepspeed", "zero9"], "must be zero1 or zero2 or zero3"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told(options, said):
+    with pytest.raises(UserError, match=said):
+        parse(options)
+    assert parse(["--lora-rank", "4", "--no-merge"]).merge is False

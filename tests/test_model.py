@@ -4,10 +4,13 @@ import json
 import re
 import resource
 import shutil
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import CONFIGS, FAMILIES, base_tokenizer, save_base
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import train
@@ -132,6 +135,78 @@ def test_weights_that_find_no_room_are_explained_and_leave_nothing(bases, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def copy_of(bases, tmp_path):
+    """A base of a family that a test may damage."""
+    return lambda family: Path(shutil.copytree(bases[family], tmp_path / "base"))
+
+
+def test_a_configuration_without_weights_starts_at_random_by_the_seed(copy_of, capsys):
+    base = copy_of("llama")
+    trained = models.load_base(str(base)).state_dict()
+    assert "random" not in capsys.readouterr().out
+    (base / "model.safetensors").unlink()
+    made = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        made.append(models.load_base(str(base)))
+    assert capsys.readouterr().out == f"{base} holds a configuration and no weights: they start at random.\n" * 3
+    weights = [model.state_dict() for model in made]
+    assert weights[0].keys() == trained.keys()
+    assert all(p.dtype == torch.float32 for p in made[0].parameters())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in trained)
+    assert not torch.equal(weights[0]["lm_head.weight"], weights[2]["lm_head.weight"])
+    assert models.load_base(str(base), dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="no weights to quantize"):
+        models.load_base(str(base), quantize=True)
+
+
+def test_weights_that_are_not_whole_are_no_random_start(bases, copy_of):
+    base = copy_of("llama")
+    whole = (base / "model.safetensors").read_bytes()
+    models.load_base(str(bases["llama"])).save_pretrained(base, max_shard_size="60KB")
+    (base / "model.safetensors").unlink()
+    shards = sorted(base.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    for gone in shards[1:]:
+        gone.unlink(missing_ok=True)
+        with pytest.raises(UserError, match="base does not hold a model"):
+            models.load_base(str(base))
+    shards[0].unlink()  # the index alone
+    with pytest.raises(UserError, match="base does not hold a model"):
+        models.load_base(str(base))
+    (base / "model.safetensors.index.json").unlink()
+    (base / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="base does not hold a model"):
+        models.load_base(str(base))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_missing_are_named(copy_of, family):
+    base = copy_of(family)
+    weights = load_file(base / "model.safetensors")
+    del weights[min(weights)]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    dolly_tokenizer(models.load_tokenizer(str(base))).save_pretrained(base)
+    for load in (models.load_base, models.load_package):
+        with pytest.raises(UserError, match=r"base lacks weights of .*: [\w.]+\. They would be random"):
+            load(str(base))
+
+
+def test_four_bits_need_bitsandbytes_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        models.load_base("no/such-model", quantize=True)
+
+
+def test_models_that_overflow_in_float16_are_known(bases, copy_of):
+    assert [family for family in FAMILIES if models.overflows_in_float16(str(bases[family]))] == ["gptj"]
+    base = copy_of("qwen3")
+    models.load_base(str(base)).to(torch.bfloat16).save_pretrained(base)
+    assert models.overflows_in_float16(str(base))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"{}"])
 def test_a_damaged_package_is_explained(bases, tmp_path, name, content):
@@ -170,6 +245,19 @@ def test_sample_answers_end_at_the_window(bases):
 def test_an_unknown_model_is_explained(name, said):
     with pytest.raises(UserError, match=said):
         models.load_package(name)
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_what_was_fetched_before_needs_no_network(tmp_path, monkeypatch, file):
+    fetched = tmp_path / "models--someone--tuned"
+    (fetched / "refs").mkdir(parents=True)
+    (fetched / "refs" / "main").write_text("0" * 40)
+    (fetched / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (fetched / "snapshots" / ("0" * 40) / file).write_text("{}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    models._check_there("someone/tuned")
+    with pytest.raises(UserError, match="cannot be asked"):
+        models._check_there("someone/other")
 
 
 def test_a_model_without_the_prompt_is_no_package(tmp_path):

@@ -54,6 +54,34 @@ def test_csv_parquet_and_json_lists_read_alike(tmp_path):
         assert [record.messages for record in records] == wanted, name
 
 
+def test_a_plain_text_keeps_its_white_space_and_stands_beside_conversations_in_every_kind_of_file(tmp_path):
+    text = {"text": "  One day,\n\nsaid the fox. \n", "category": "tale"}
+    write(tmp_path / "x.jsonl", text, GOOD)
+    (tmp_path / "x.json").write_text(json.dumps([text, GOOD]))
+    table = pandas.DataFrame([text, GOOD])  # the columns of both, nothing where a row has none
+    table.to_csv(tmp_path / "x.csv", index=False)
+    table.to_parquet(tmp_path / "x.parquet")
+    for name in ("x.jsonl", "x.json", "x.csv", "x.parquet"):
+        records, problems = read_records(str(tmp_path / name))
+        assert not problems, name
+        assert [(r.text, r.messages, r.category) for r in records] == [
+            (text["text"], [], "tale"),
+            (None, TURNS, "open_qa"),
+        ], name
+
+
+def test_a_text_beside_another_form_is_not_read(tmp_path):
+    """As in Alpaca's data set, whose `text` is the whole prompt with the answer."""
+    records, _ = read_records(write(tmp_path / "x.jsonl", GOOD | {"text": "a"}, {"messages": TURNS, "text": "a"}))
+    assert [(record.messages, record.text) for record in records] == [(TURNS, None)] * 2
+    assert not read_records(write(tmp_path / "x.jsonl", {"prompt": "a", "text": "b"}))[0]
+
+
+def test_a_txt_file_is_one_text(tmp_path):
+    (tmp_path / "x.txt").write_bytes("\ufeffÉté.\n\n  Two\n".encode())
+    assert read_records(str(tmp_path / "x.txt")) == ([Record([], "", 1, "Été.\n\n  Two\n")], [])
+
+
 def test_every_mistake_is_named_by_its_line_and_nothing_is_lost(tmp_path):
     path = tmp_path / "x.jsonl"
     bad = {
@@ -91,7 +119,9 @@ def test_every_mistake_is_named_by_its_line_and_nothing_is_lost(tmp_path):
         ("missing.jsonl", None, "There is no file"),
         ("empty.jsonl", "", "is empty"),
         ("blank.jsonl", "\n \n", "is empty"),
-        ("notes.txt", "hello", "Dolly reads .jsonl"),
+        ("notes.pdf", "hello", "Dolly reads .jsonl"),
+        ("empty.txt", " \n", "is empty"),
+        ("latin.txt", b"caf\xe9", "not UTF-8"),
         ("one.json", "{}", "not a list of records"),
         ("broken.json", "[{]", "not valid JSON"),
         ("fake.parquet", "PAR", "not a Parquet file"),
@@ -140,6 +170,10 @@ def test_a_damaged_page_of_parquet_is_told(tmp_path):
         (GOOD | {"context": "\udfff"}, '"context" holds half a character (a lone surrogate)'),
         (GOOD | {"category": "\ud800"}, '"category" holds half a character (a lone surrogate)'),
         (GOOD | {"category": 7}, '"category" is not text'),
+        ({"text": " \n"}, '"text" is empty'),
+        ({"text": None, "response": ""}, '"text" is empty'),
+        ({"text": ["a"]}, '"text" is not text'),
+        ({"text": "a\ud800"}, '"text" holds half a character (a lone surrogate)'),
         ({"\ud800": 1}, "no column for the instruction (columns: \\ud800)"),
         ({"messages": [{"role": ["user"], "content": "a"}, TURNS[1]]}, '"role of turn 1" is not text'),
         ({"messages": [TURNS[0], {"role": {}, "content": "a"}]}, '"role of turn 2" is not text'),
@@ -194,6 +228,16 @@ def test_equal_questions_stay_on_one_side():
     training, heldout = split(records, 0.1)
     normal = [{r.messages[0]["content"].lower().strip("?") for r in part} for part in (training, heldout)]
     assert heldout and not normal[0] & normal[1]
+
+
+def test_texts_are_split_too_and_equal_ones_stay_on_one_side():
+    texts = [f"Chapter {i}. It was\na dark night." for i in range(100)]
+    texts += [f"CHAPTER {i}: it was a dark night" for i in range(100)]
+    records = [Record([], "", line, text) for line, text in enumerate(texts)]
+    parts = split([*records, *questions("a", "b")], 0.1)
+    sides = [{record.line % 100 for record in part if record.text} for part in parts]
+    assert sides[1] and not sides[0] & sides[1]
+    assert sum(map(len, parts)) == 202
 
 
 def test_a_small_file_is_split_too_and_one_question_is_all_for_training():

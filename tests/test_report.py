@@ -149,3 +149,11 @@ def test_what_is_not_known_leaves_no_trace(tmp_path):
     assert "|" not in text
     assert "No licence is stated" in text
     assert 'model="helper")  # the path of this folder, or its id on the Hub' in text
+
+
+def test_a_model_of_plain_texts_is_not_called_an_assistant(tmp_path):
+    text = model_card(replace(FACTS, assistant=False, samples=[]))
+    assert "plain texts" in text and "assistant" not in text.lower()
+    assert "train.py --base acme/helper" in text
+    data = load(text, tmp_path).data
+    assert "widget" not in data.to_dict() and "conversational" not in data.tags

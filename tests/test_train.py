@@ -4,10 +4,12 @@ import json
 
 import pytest
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, run, save_base
+from transformers import AutoTokenizer, pipeline
 
 import train
 from dolly.errors import told_plainly
+from dolly.model import answers, load_package
 
 ROWS = [{"instruction": f"Count to {n}.", "response": " ".join(map(str, range(1, n + 1)))} for n in range(2, 40)]
 
@@ -89,3 +91,47 @@ def test_the_demo_recipe_reads_the_embedded_data(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "records kept, 0 dropped" in result.stdout
+
+
+def test_plain_texts_make_a_base_again_and_one_from_scratch(tmp_path):
+    """A base given as a configuration is pre-trained on texts, and then fine-tuned as any other."""
+    scratch = save_base(tmp_path / "scratch", "gpt2")
+    (scratch / "model.safetensors").unlink()
+    texts = [{"text": f"The sheep number {n} is in the barn. " * (n % 5 * 10 + 1)} for n in range(40)]
+    write(tmp_path / "texts.jsonl", texts)
+    options = ["--max-length", 64, "--batch-tokens", 640, "--learning-rate", "1e-2"]
+    result = run(
+        "train.py", "--base", scratch, "--data", tmp_path / "texts.jsonl", "--output", tmp_path / "base", *options
+    )
+    assert result.returncode == 0, result.stderr
+    assert "start at random" in result.stdout and "texts are longer than a row" in result.stdout
+    assert f"python train.py --base {tmp_path / 'base'}" in result.stdout
+    heldout = json.loads((tmp_path / "base" / "history.json").read_text())["heldout"]
+    assert heldout[-1] < heldout[0] - 2
+    text = AutoTokenizer.from_pretrained(tmp_path / "base")
+    assert text("The sheep").input_ids == AutoTokenizer.from_pretrained(scratch)("The sheep").input_ids
+    assert "### End" not in text.get_vocab()
+    told = pipeline("text-generation", model=str(tmp_path / "base"))("The sheep number", max_new_tokens=8)
+    assert "barn" in told[0]["generated_text"]
+
+    write(tmp_path / "mixed.jsonl", [*ROWS[:20], *texts])
+    result = run(
+        "train.py", "--base", tmp_path / "base", "--data", tmp_path / "mixed.jsonl", "--output", tmp_path / "mixed",
+        "--max-length", 128, "--max-steps", 2,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "### End" in AutoTokenizer.from_pretrained(tmp_path / "mixed").get_vocab()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_make_a_package_that_answers(bases, tmp_path, merge):
+    write(tmp_path / "data.jsonl", ROWS)
+    options = ["--base", bases["llama"], "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
+    options += ["--lora-rank", 4, "--learning-rate", "1e-2", "--max-length", 256, "--batch-tokens", 1024]
+    result = run("train.py", *options, *([] if merge else ["--no-merge"]))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists() != merge
+    model, tokenizer = load_package(str(tmp_path / "out"))
+    defaults = model.generation_config
+    defaults.max_new_tokens = 5
+    assert len(answers(model, tokenizer, ["Count to 3."], defaults)) == 1

@@ -51,7 +51,7 @@ def test_packed_losses_are_those_of_each_document_alone(family, rows, training):
     packed = pack([len(d.ids) for d in made], 64)[:rows]
     assert len(packed) == rows
     batch = collate(packed, made, 64, pad_id=0)
-    losses = trainer.token_losses(model, batch, Accelerator(cpu=True))
+    _, losses = trainer.batch_loss(model, batch, Accelerator(cpu=True))
     for index in {i for row in packed for i in row}:
         alone = plain_loss(model, made[index])
         torch.testing.assert_close(losses[batch.documents == index].sum(), alone, rtol=1e-4, atol=1e-4)
@@ -77,7 +77,8 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(family):
 
 def test_the_heldout_loss_is_the_mean_over_answer_tokens_by_category():
     model, made = model_of("llama").eval(), documents(15)
-    losses = trainer.heldout_loss(model, made, 32, 2, 0, Accelerator(cpu=True))
+    alone = Accelerator(cpu=True)
+    losses = trainer.heldout_loss(lambda batch: trainer.batch_loss(model, batch, alone), made, 32, 2, 0, alone)
     for category in (None, "a", "b"):
         chosen = [d for d in made if category in (None, d.category)]
         mean = sum(plain_loss(model, d).item() for d in chosen) / sum(d.answer_tokens() for d in chosen)
@@ -86,7 +87,7 @@ def test_the_heldout_loss_is_the_mean_over_answer_tokens_by_category():
 
 def test_training_lowers_the_loss_and_keeps_its_history():
     made = documents(40)
-    history = trainer.train(model_of("gpt_neox"), made[:30], made[:30], 32, 0, replace(CONFIG, epochs=20))
+    history, _ = trainer.train(model_of("gpt_neox"), made[:30], made[:30], 32, 0, replace(CONFIG, epochs=20))
     assert history.heldout[-1] < history.heldout[0] - 0.5
     assert len(history.heldout) == 1 + CONFIG.evaluations
     assert history.tokens == 20 * sum(len(d.ids) for d in made[:30])
@@ -122,18 +123,18 @@ def test_a_heldout_loss_that_is_not_finite_stops_the_run_too():
 
 
 def test_an_update_is_never_less_than_a_row():
-    history = trainer.train(model_of("gpt2"), documents(9), [], 32, 0, replace(CONFIG, batch_tokens=1, epochs=1))
+    history, _ = trainer.train(model_of("gpt2"), documents(9), [], 32, 0, replace(CONFIG, batch_tokens=1, epochs=1))
     assert history.steps == len(pack([len(d.ids) for d in documents(9)], 32))
 
 
 def test_the_head_sees_few_shapes():
-    keep = torch.zeros(4, 512, dtype=torch.bool)
-    for count in (0, 1, 255, 256, 257, 2047, 2048):
-        keep.view(-1)[torch.randperm(2048)[:count]] = True
-        wider, learned = trainer.rounded(keep)
-        assert wider.sum() % trainer.ROUND == 0 and torch.equal(wider & keep, keep)
-        assert len(learned) == wider.sum() and learned.sum() == keep.sum()
-        keep.zero_()
+    made = documents(40, longest=60)
+    for rows in (1, 2, 5):
+        batch = collate(pack([len(d.ids) for d in made], 64)[:rows], made, 64, 0)
+        keep, targets, learned = trainer.kept(batch)
+        assert len(targets) == keep.sum() and (len(targets) % trainer.ROUND == 0 or keep.all())
+        assert torch.equal(targets[learned], batch.targets)
+        assert torch.equal(keep.flatten().nonzero().flatten()[learned], batch.places)
 
 
 def test_the_learning_rate_rises_then_falls_to_a_tenth():
