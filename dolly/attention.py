@@ -45,29 +45,31 @@ def documents_apart(model: PreTrainedModel) -> Iterator[Callable[[torch.Tensor],
     """
     usual = model.config._attn_implementation
     outside = [module for module in model.modules() if type(module) is GPTJAttention]
-    if speaks_flash(model):
+    if tells_all(model):
         model.set_attn_implementation(NAME)
     for module in outside:
         module._attn = partial(gptj_attention, module)
     able = outside or model.config._attn_implementation == NAME
     try:
-        yield partial(edges_of, device=model.device) if able else lambda positions: None
+        yield lambda positions: edges_of(positions, model.device) if able else None
     finally:
         model.set_attn_implementation(usual)
         for module in outside:
             del module._attn
 
 
-def speaks_flash(model: PreTrainedModel) -> bool:
-    """Whether its layers tell the attention function all that a mask would, as FlashAttention needs it (a window)."""
-    config = model.config.get_text_config()
-    softcap = getattr(config, "attn_logit_softcapping", None) is not None and model.device.type == "cpu"
-    sdpa = model.config._attn_implementation == "sdpa"
-    return model._supports_attention_backend and model._supports_flash_attn and (sdpa or softcap)
+def tells_all(model: PreTrainedModel) -> bool:
+    """Whether its layers tell the attention function what a mask would, a window for one, as for FlashAttention.
+
+    Those that neither SDPA nor a soft cap serves ask for more: attention sinks (GPT-OSS).
+    """
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    common = softcap or model.config._attn_implementation == "sdpa"
+    return model._supports_attention_backend and model._supports_flash_attn and common
 
 
 def edges_of(positions: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Where the documents of a batch begin, and where the last one ends: int32, [rows, tokens, longest document, edges].
+    """Where the documents of a batch begin, and where the last one ends: int32, [rows, 1, longest document, edges].
 
     In transformers a mask of four dimensions reaches the layers as it is, and recomputed ones get it again. Only the
     last dimension holds anything; the sizes of the others are what the host would else have to ask the device for. The
@@ -78,23 +80,28 @@ def edges_of(positions: torch.Tensor, device: torch.device) -> torch.Tensor:
     if positions[:, 0].any() or not (follows | (flat[1:] == 0)).all():
         raise ValueError("positions must count from 0 in each document, and each row begin with one")
     edges = torch.cat([(flat == 0).nonzero().flatten(), torch.tensor([len(flat)])])
-    sizes = len(positions), len(flat), int(edges.diff().max()), -1
+    sizes = len(positions), 1, int(edges.diff().max()), -1
     return edges.to(device, torch.int32, non_blocking=True).expand(sizes)
+
+
+def are_edges(mask: torch.Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.int32
 
 
 def document_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **options
 ):
     """What transformers calls in each layer. query: [rows, heads, length, size]; gives [rows, length, heads, size]."""
-    if attention_mask is None or attention_mask.dtype != torch.int32:  # not one of `edges_of`
-        options |= {"sliding_window": sliding_window, "softcap": softcap}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
-    return attend(attention_mask, query, key, value, scaling, dropout, sliding_window, softcap), None
+    if are_edges(attention_mask):
+        return attend(attention_mask, query, key, value, scaling, dropout, sliding_window, softcap), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, **options
+    )
 
 
 def gptj_attention(module, query, key, value, attention_mask=None):
     """`GPTJAttention._attn`, which takes no part in the attention interface; gives [rows, heads, length, size]."""
-    if attention_mask is None or attention_mask.dtype != torch.int32:
+    if not are_edges(attention_mask):
         return GPTJAttention._attn(module, query, key, value, attention_mask)
     dropout = module.attn_dropout.p if module.training else 0.0
     return attend(attention_mask, query, key, value, 1 / module.scale_attn, dropout).transpose(1, 2), None
@@ -107,22 +114,25 @@ def attend(edges, query, key, value, scale=None, dropout=0.0, window=None, softc
     edges: of `edges_of`; query: [rows, heads, length, size]; key, value: the same, or with fewer heads;
     softcap: scores are bent to stay within it (Gemma 2, arXiv:2408.00118). Gives [rows, length, heads, size].
     """
-    rows, heads, length, size = query.shape
-    if edges.shape[1] != rows * length:
-        raise ValueError(f"the documents are those of {edges.shape[1]} tokens, not of {rows} x {length}")
+    rows, _, length, size = query.shape
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     # Rotated ones are float32 under autocast. From here on [tokens, heads, size].
     q, k, v = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     scale = size**-0.5 if scale is None else scale
-    flash = dtype in (torch.float16, torch.bfloat16) and size in FLASH_SIZES and v.shape[2] == size and not dropout
     if kind == "cpu":
         attended = by_length(edges, q, k, v, scale, dropout, window, softcap)
-    elif flash and torch.cuda.get_device_capability(query.device) >= (8, 0):
+    elif not dropout and softcap is None and flash_takes(q, v):
         attended = by_flash(edges, q, k, v, scale, window)
     else:
-        attended = by_mask(edges, q, k, v, scale, dropout, window)
+        attended = by_mask(edges, q, k, v, scale, dropout, window, softcap)
     return attended.unflatten(0, (rows, length))
+
+
+def flash_takes(q: torch.Tensor, v: torch.Tensor) -> bool:
+    able = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return able and half and q.shape[2] == v.shape[2] and q.shape[2] in FLASH_SIZES
 
 
 def by_flash(edges, q, k, v, scale, window=None) -> torch.Tensor:
@@ -132,16 +142,20 @@ def by_flash(edges, q, k, v, scale, window=None) -> torch.Tensor:
     return varlen_attn(q, k, v, borders, borders, longest, longest, **more)
 
 
-def by_mask(edges, q, k, v, scale, dropout=0.0, window=None) -> torch.Tensor:
-    """For float32, attention dropout, old GPUs and odd sizes: SDPA, without a word from the device to the host."""
-    rows, tokens, _, _ = edges.shape
-    token = torch.arange(tokens, dtype=torch.int32, device=q.device)
-    document = torch.searchsorted(edges[0, 0, 0], token, right=True).view(rows, 1, -1)
+def by_mask(edges, q, k, v, scale, dropout=0.0, window=None, softcap=None) -> torch.Tensor:
+    """What FlashAttention does not take on a GPU, without a word from the device to the host."""
+    token = torch.arange(len(q), dtype=torch.int32, device=q.device)
+    document = torch.searchsorted(edges[0, 0, 0], token, right=True).view(len(edges), 1, -1)
     length = document.shape[2]
     back = token[:length, None] - token[:length]
     mask = (document[..., None] == document[..., None, :]) & (back >= 0) & (back < (window or length))
-    q, k, v = (spread(x, q.shape[1]).unflatten(0, (rows, length)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale).transpose(1, 2).flatten(0, 1)
+    q, k, v = (spread(x, q.shape[1]).unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+    if softcap is None:
+        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+    else:
+        scores = torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) * softcap
+        attended = F.dropout(scores.masked_fill(~mask, float("-inf")).softmax(-1), dropout) @ v
+    return attended.transpose(1, 2).flatten(0, 1)
 
 
 def spread(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -207,8 +221,10 @@ def powers_of_two(count: int) -> list[int]:
 
 
 def by_length(edges, q, k, v, scale, dropout=0.0, window=None, softcap=None) -> torch.Tensor:
-    heads = q.shape[1]
-    groups, places = layout(tuple(edges[0, 0, 0].tolist()), heads)
+    heads, borders = q.shape[1], tuple(edges[0, 0, 0].tolist())
+    if borders[-1] != len(q):
+        raise ValueError(f"the documents are those of {borders[-1]} tokens, not of {len(q)}")
+    groups, places = layout(borders, heads)
     slots = [padded * heads * documents for padded, documents in groups]
 
     def grouped(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -256,7 +272,7 @@ def check_apart(model: PreTrainedModel, length: int) -> None:
     under autocast; its mode and the random state stay as they are. On the CPU a large model gets shorter rows.
     """
     if model.device.type == "cpu":
-        length = min(length, max(64, PROBED // sum(p.numel() for p in model.parameters())))
+        length = min(length, max(64, PROBED // max(1, sum(p.numel() for p in model.parameters()))))
     short = min(64, length // 4)
     long, vocabulary = length - short, model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (length + short,), generator=torch.Generator().manual_seed(0))

@@ -272,13 +272,13 @@ def recomputes(model: PreTrainedModel, tokens: int, products: str, config: Train
     """Whether the layers are computed again for the gradient: as configured, else where memory asks for it.
 
     A layer keeps 34 bytes of each of its values a token in 16 bits (Korthikanti et al. 2022, arXiv:2205.05198, without
-    the scores of attention, which are not kept); gradient and optimizer take 12 bytes a weight that is trained.
+    the scores of attention, which are not kept); gradient, optimizer and a copy in 16 bits take 14 bytes a weight.
     """
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing == "on"
     shape = model.config.get_text_config()
     layers = 34 * tokens * shape.hidden_size * shape.num_hidden_layers * (2 if products == "float32" else 1)
-    state = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = 14 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     return layers + state > 0.9 * free and model.supports_gradient_checkpointing
 

@@ -1,7 +1,9 @@
 """The loop against the plain forward: documents apart, the same gradient however it is cut, a loss that is true."""
 
 import random
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from dolly.errors import UserError
 from dolly.packing import Document, collate, pack
 
 CONFIG = TrainConfig(dtype="float32", batch_tokens=64, micro_batch_tokens=64, learning_rate=1e-2, epochs=2)
+
+DRY = {"gptj": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}  # without dropout
 
 
 def model_of(family: str, **changes):
@@ -143,3 +147,68 @@ def test_the_learning_rate_rises_then_falls_to_a_tenth():
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
     assert {trainer.rate(s, 9, replace(CONFIG, schedule="constant", warmup=0.0)) for s in range(9)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gpt_neox", {"gradient_checkpointing": "on"}),
+        ("gptj", {"gradient_checkpointing": "on"}),
+        pytest.param(
+            *("gpt_neox", {"compile": True}),
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++"),
+        ),
+    ],
+)
+def test_what_saves_memory_or_time_does_not_change_what_is_learned(family, change):
+    made, outcomes = documents(30), []
+    for config in (CONFIG, replace(CONFIG, **change)):
+        config = replace(
+            config, max_steps=3, gradient_checkpointing=config.gradient_checkpointing.replace("auto", "off")
+        )
+        history, model = trainer.train(model_of(family, **DRY.get(family, {})), made, made[:5], 32, 0, config)
+        outcomes.append((history.heldout, model.state_dict()))
+        assert not model.is_activation_checkpointing
+    (plain, weights), (changed, same) = outcomes
+    assert changed == pytest.approx(plain, abs=1e-4)
+    for name, weight in same.items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_adamw_in_8_bits_learns_and_keeps_the_embedding_in_32():
+    model, made = model_of("llama", hidden_size=128), documents(30)
+    config = replace(CONFIG, optimizer="adamw-8bit", epochs=10)
+    optimizer = trainer.optimizer_of(model, config)
+    model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
+    optimizer.step()
+    kinds = {name: optimizer.state[weight]["state1"].dtype for name, weight in model.named_parameters()}
+    assert kinds["model.embed_tokens.weight"] == torch.float32
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == torch.uint8
+    history, _ = trainer.train(model_of("llama", hidden_size=128), made, made, 32, 0, config)
+    assert history.heldout[-1] < history.heldout[0] - 1
+
+
+def test_layers_are_computed_again_where_memory_asks_for_it(monkeypatch):
+    model = model_of("llama")
+    free = SimpleNamespace(available=2**30)
+    monkeypatch.setattr(trainer.psutil, "virtual_memory", lambda: free)
+    auto = replace(CONFIG, gradient_checkpointing="auto")
+    assert not trainer.recomputes(model, 4096, "float32", auto)
+    free.available = 4096 * 34 * 2 * 32 * 2  # what the layers keep alone
+    assert trainer.recomputes(model, 4096, "float32", auto)
+    assert not trainer.recomputes(model, 4096, "bfloat16", auto)
+    assert not trainer.recomputes(model, 4096, "float32", replace(CONFIG, gradient_checkpointing="off"))
+
+
+def test_float16_is_refused_where_it_would_overflow_and_taken_by_the_hardware(bases, monkeypatch):
+    base = str(bases["gptj"])
+    with pytest.raises(UserError, match="needs a GPU"):
+        trainer.precision(replace(CONFIG, dtype="float16"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(UserError, match="exceeds the range"):
+        trainer.precision(replace(CONFIG, base=base, dtype="float16"))
+    assert trainer.precision(replace(CONFIG, base=base, dtype="auto")) == "float32"
+    assert trainer.precision(replace(CONFIG, base=str(bases["llama"]), dtype="auto")) == "float16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert trainer.precision(replace(CONFIG, base=base, dtype="auto")) == "bfloat16"
