@@ -1,12 +1,13 @@
 # make demo    fine-tune the embedded base model on the embedded records unless done, then open the chat
 # make model   the same without the chat
 # make test    lint and all tests
+# make bench-training    speed beside TRL's and that of 2023; ARGS="--help" lists what it takes
 # Each sets up .venv by itself, and again when a requirement file changes. PORT=8000 changes the chat's port.
 
 PORT ?= 7860
 PYTHON ?= python3
 
-.PHONY: demo model test lint clean
+.PHONY: demo model test lint bench-training clean
 
 demo: model
 	.venv/bin/python app.py --model models/demo --port $(PORT)
@@ -21,6 +22,9 @@ lint: .venv/developers
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+bench-training: .venv/benchmarks
+	.venv/bin/python -m benchmarks.training $(ARGS)
+
 .venv/users: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Dolly needs Python 3.11 or later; set PYTHON=python3.12, for example"; exit 1; }
@@ -31,6 +35,10 @@ lint: .venv/developers
 
 .venv/developers: .venv/users requirements-dev.txt
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+.venv/benchmarks: .venv/users benchmarks/requirements.txt
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt -c constraints.txt
 	@touch $@
 
 clean:

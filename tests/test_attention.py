@@ -1,22 +1,30 @@
-"""Attention by documents against each document alone: every family, packed rows, gradients, neighbours, refusals."""
+"""Attention by documents against each document alone, for every family, and the check that refuses other models."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import FAMILIES
+import torch.nn.functional as F
+from conftest import CONFIGS, SMALL
 from peft import LoraConfig, get_peft_model
-from test_trainer import CONFIG, DRY, documents, model_of, plain_loss
+from test_trainer import CONFIG, documents
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     BloomConfig,
+    DogeConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPTNeoConfig,
     MambaConfig,
     MistralConfig,
     OPTConfig,
     PhiConfig,
     Qwen2Config,
+    RwkvConfig,
+    TrOCRConfig,
 )
 
 from dolly import attention, trainer
@@ -24,290 +32,497 @@ from dolly.attention import check_apart, documents_apart
 from dolly.errors import UserError
 from dolly.packing import collate, pack
 
-NARROW = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-GROUPED = NARROW | {"num_key_value_heads": 1, "intermediate_size": 64, "max_position_embeddings": 256, "head_dim": 16}
-GROUPED |= {"pad_token_id": 0}
-WINDOWS = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
-MORE = {
-    "opt": OPTConfig(**NARROW, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=256, dropout=0.0),
-    "mistral": MistralConfig(**GROUPED, sliding_window=None),
-    "mistral window": MistralConfig(**GROUPED, sliding_window=24),
-    "qwen2": Qwen2Config(**{name: value for name, value in GROUPED.items() if name != "head_dim"}),
-    "gemma": GemmaConfig(**GROUPED),
-    "gemma2": Gemma2Config(**GROUPED, **WINDOWS, attn_logit_softcapping=0.5, query_pre_attn_scalar=16),
-    "gemma3": Gemma3TextConfig(**GROUPED, **WINDOWS, query_pre_attn_scalar=16),
-    "phi": PhiConfig(**NARROW, intermediate_size=64, max_position_embeddings=256),
+SHARED = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = CONFIGS | {
+    "opt": (OPTConfig, SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    "mistral": (MistralConfig, SHARED),
+    "qwen2": (Qwen2Config, SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "gemma": (GemmaConfig, SHARED),
+    "gemma2": (Gemma2Config, SHARED | {"sliding_window": 24, "attn_logit_softcapping": 5.0}),
+    "gemma3_text": (Gemma3TextConfig, SHARED | {"sliding_window": 24, "sliding_window_pattern": 2}),
+    "phi": (PhiConfig, SMALL | {"max_position_embeddings": 256}),
 }
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BLOOM = BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=2)
 
 
-def made_of(family: str, **changes):
-    """A model in float32 and without dropout, so that two passes can be compared."""
+def made_from(config):
+    """Without dropout, and with large enough matrices that attention shows in the logits."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(MORE[family]) if family in MORE else model_of(family, **changes)
+    model = AutoModelForCausalLM.from_config(config)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    for name, parameter in model.named_parameters():
+        if ("attn" in name or "attention" in name) and parameter.dim() == 2:
+            parameter.data *= 4
     return model
+
+
+def model_of(family: str, **changes):
+    kind, options = FAMILIES[family]
+    return made_from(kind(vocab_size=100, **SPECIAL | options | changes))
+
+
+def batch_of(rows: int, length: int = 128, longest: int = 60, seed: int = 0):
+    """A batch, and the (row, start, end) of each of its documents."""
+    made = documents(30, seed, longest)
+    packed = pack([len(d.ids) for d in made], length)[:rows]
+    spans = []
+    for row, chosen in enumerate(packed):
+        ends = torch.tensor([len(made[i].ids) for i in chosen]).cumsum(0).tolist()
+        spans += [(row, start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return collate(packed, made, length, pad_id=0), spans
+
+
+def logits_of(model, batch, documents=lambda positions: None, use_cache=False) -> torch.Tensor:
+    device, mask = model.device, documents(batch.position_ids)
+    ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
+    return model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=use_cache).logits
+
+
+def alone(model, batch, spans) -> list[torch.Tensor]:
+    ids = batch.input_ids.to(model.device)
+    return [model(input_ids=ids[row, start:end][None], use_cache=False).logits[0] for row, start, end in spans]
+
+
+def pieces(packed: torch.Tensor, spans) -> list[torch.Tensor]:
+    return [packed[row, start:end] for row, start, end in spans]
+
+
+def gradient(model, logits: list[torch.Tensor], batch, spans) -> torch.Tensor:
+    """Of the summed cross-entropy of each token after another."""
+    model.zero_grad()
+    ids = pieces(batch.input_ids.to(model.device), spans)
+    losses = [F.cross_entropy(x[:-1].float(), i[1:], reduction="sum") for x, i in zip(logits, ids, strict=True)]
+    sum(losses).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def assert_same(found, expected, gradients, atol=1e-5, share=1e-4) -> None:
+    """Logits of each document within `atol`; gradients within a `share` of their norm."""
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=atol, atol=atol)
+    assert (gradients[0] - gradients[1]).norm() < share * gradients[1].norm()
 
 
 @pytest.fixture
 def used(monkeypatch) -> list:
     """Grows with each layer that attends by documents."""
-    calls, usual = [], attention.by_length
-    monkeypatch.setattr(attention, "by_length", lambda *args: calls.append(1) or usual(*args))
+    calls, attend = [], attention.attend
+    monkeypatch.setattr(attention, "attend", lambda edges, *args: calls.append(edges) or attend(edges, *args))
     return calls
 
 
-def batch_of(made, length: int, rows: int):
-    packed = pack([len(d.ids) for d in made], length)[:rows]
-    assert len(packed) == rows
-    return collate(packed, made, length, pad_id=0), packed
+def varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa) -> torch.Tensor:
+    """`torch.nn.attention.varlen.varlen_attn` in plain words, one document after another."""
+    assert q.dtype == k.dtype == v.dtype and cu_seq_q.dtype == torch.int32 and cu_seq_q.is_contiguous()
+    assert cu_seq_q is cu_seq_k and max_q == max_k == cu_seq_q.diff().max() and cu_seq_q[-1] == len(q)
+    assert window_size[1] == 0 and enable_gqa == (q.shape[1] != k.shape[1])
+    parts = []
+    for start, end in zip(cu_seq_q[:-1], cu_seq_q[1:], strict=True):
+        a, b, c = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        back = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        mask = (back >= 0) & ((window_size[0] < 0) | (back <= window_size[0]))
+        parts.append(F.scaled_dot_product_attention(a, b, c, mask, scale=scale, enable_gqa=enable_gqa).transpose(0, 1))
+    return torch.cat(parts)
 
 
-def packed_logits(model, batch, **options) -> torch.Tensor:
-    with documents_apart(model) as documents:
-        mask = documents(batch.position_ids)
-        return model(batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, **options).logits
+@pytest.fixture
+def flash(monkeypatch) -> list:
+    """Lets the CPU take the way of CUDA; grows with each layer that does."""
+    calls = []
+    monkeypatch.setattr(attention, "flash_takes", lambda q, v: True)
+    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **more: calls.append(more) or varlen(*args, **more))
+    return calls
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("cache", [False, True])
+MODES = {"plain": (False, False), "cache": (True, False), "recomputed": (False, True), "both": (True, True)}
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
-def test_logits_are_those_of_each_document_alone(family, rows, cache, recomputed, used):
-    model, made = made_of(family), documents(20, longest=100)
-    batch, packed = batch_of(made, 128, rows)
-    if recomputed:
-        model.train().activation_checkpointing_enable()
-    else:
-        model.eval()
-    logits = packed_logits(model, batch, use_cache=cache)
-    assert used
-    model.eval()
-    for row, indices in enumerate(packed):
-        start = 0
-        for index in indices:
-            ids = torch.tensor([made[index].ids])
-            inside = logits[row, start : start + ids.shape[1]]
-            torch.testing.assert_close(inside, model(ids).logits[0], rtol=1e-5, atol=1e-5)
-            start += ids.shape[1]
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
-def test_gradients_are_those_of_each_document_alone(family, used):
-    model, made = made_of(family).train(), documents(20, longest=200)
-    batch, packed = batch_of(made, 256, 2)
-    with documents_apart(model) as apart:
-        total, losses = trainer.batch_loss(model, batch, Accelerator(cpu=True), None, apart)
-        total.backward()
-    assert used
-    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    chosen = [index for row in packed for index in row]
-    expected = [plain_loss(model, made[index]) for index in chosen]
-    sum(expected).backward()
-    for index, loss in zip(chosen, expected, strict=True):
-        torch.testing.assert_close(losses[batch.documents == index].sum(), loss, rtol=1e-4, atol=1e-4)
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(together[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
-def test_a_document_cannot_reach_its_neighbours(family, dtype):
-    model, made = made_of(family).eval().to(dtype), documents(8, longest=60)
-    batch, packed = batch_of(made, 256, 1)
-    own = slice(len(made[packed[0][0]].ids), len(made[packed[0][0]].ids) + len(made[packed[0][1]].ids))
-    with torch.no_grad():
-        before = packed_logits(model, batch)[0]
-        batch.input_ids[0, own] = (batch.input_ids[0, own] + 1) % 100
-        after = packed_logits(model, batch)[0]
-    same = torch.ones(256, dtype=torch.bool)
-    same[own] = False
-    assert torch.equal(before[same], after[same])
-    assert not torch.isclose(before[own], after[own]).all()
-
-
-@pytest.mark.parametrize("longest", [600, 1100])
-@pytest.mark.parametrize("family", ["gpt_neox", "gptj"])
-def test_long_documents_take_other_products_to_the_same_end(family, longest):
-    size = {"n_positions": 2048} if family == "gptj" else {"max_position_embeddings": 2048}
-    model, made = made_of(family, **size).eval(), documents(3)
-    made[1].ids[:] = [n % 100 for n in range(longest)]
-    made[1].learned[:] = [n > 3 for n in range(longest)]
-    batch, packed = batch_of(made, 1200, 1)
-    with torch.no_grad():
-        logits = packed_logits(model, batch)[0]
-        assert packed[0][0] == 1
-        torch.testing.assert_close(logits[:longest], model(torch.tensor([made[1].ids])).logits[0], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_is_as_near_to_float32_as_each_document_alone_is(family):
-    model, made = made_of(family), documents(20, longest=120)
-    batch, packed = batch_of(made, 256, 2)
-    chosen = [index for row in packed for index in row]
-
-    def gradient(loss: torch.Tensor) -> torch.Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-
-    true = gradient(sum(plain_loss(model, made[index]) for index in chosen))
-    with torch.autocast("cpu", torch.bfloat16), documents_apart(model) as apart:
-        together = gradient(trainer.batch_loss(model, batch, Accelerator(cpu=True), None, apart)[0])
-    with torch.autocast("cpu", torch.bfloat16):
-        alone = gradient(sum(plain_loss(model, made[index]) for index in chosen))
-    errors = [((each - true).norm() / true.norm()).item() for each in (together, alone)]
-    assert 0 < errors[0] < 2 * errors[1] < 0.1
+def test_logits_and_gradients_are_those_of_each_document_alone(family, rows, mode, used):
+    model, (use_cache, recomputed) = model_of(family).train(), MODES[mode]
+    batch, spans = batch_of(rows)
+    expected = alone(model, batch, spans)
+    true = gradient(model, expected, batch, spans)
+    if recomputed:
+        model.activation_checkpointing_enable()
+    with documents_apart(model) as apart:
+        found = pieces(logits_of(model, batch, apart, use_cache), spans)
+        layers = len(used)
+        packed = gradient(model, found, batch, spans)
+    assert_same(found, expected, (packed, true))
+    assert layers == 2 and len(used) == (4 if recomputed else 2)
 
 
-def test_dropout_falls_on_the_weights_and_in_training_alone():
-    length = 256
-    positions = torch.cat([torch.arange(100), torch.arange(length - 100)])[None]
-    edges = attention.edges_of(positions, torch.device("cpu"))
-    even, ones = torch.zeros(1, 8, length, 4), torch.ones(1, 8, length, 4)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])  # its soft cap keeps it from flash
+def test_flash_attention_is_told_the_documents(family, rows, flash):
+    model, (batch, spans) = model_of(family).train(), batch_of(rows)
+    expected = alone(model, batch, spans)
+    true = gradient(model, expected, batch, spans)
+    model.activation_checkpointing_enable()
+    with documents_apart(model) as apart:
+        mask = apart(batch.position_ids)
+        given = batch.flat() if rows == 3 else batch  # as the trainer does on CUDA
+        found = pieces(logits_of(model, given, lambda positions: mask).view(rows, 128, -1), spans)
+        packed = gradient(model, found, batch, spans)
+    assert_same(found, expected, (packed, true))
+    assert len(flash) == 4
+    assert {more["window_size"] for more in flash} <= {(-1, 0), (23, 0), (4095, 0)}
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_a_window_shorter_than_a_document_hides_its_beginning(kind, used):
+    near, far = (model_of(kind, sliding_window=window).eval() for window in (24, 200))
+    batch, spans = batch_of(1, longest=120)
+    with torch.no_grad():
+        expected = alone(near, batch, spans)
+        for model in (near, far):
+            with documents_apart(model) as apart:
+                logits = logits_of(model, batch, apart)
+            found = torch.cat(pieces(logits, spans))
+            assert torch.allclose(found, torch.cat(expected), atol=1e-5) == (model is near)
+    assert used
+
+
+def qkv(heads: int, shared: int, rows: int = 2, length: int = 300, size: int = 8):
     torch.manual_seed(0)
-    output = attention.attend(edges, even, even, ones, dropout=0.25)
-    seen = positions[0, :, None, None] + 1
-    kept = output[0] * seen * 0.75  # of the tokens seen, each with the weight 1 / seen, kept ones with 1 / 0.75 of it
+    lengths = [(1, 299), (40, 200, 60), (300,), (7, 130, 64, 99)][:rows]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    query, key, value = (torch.randn(rows, n, length, size, requires_grad=True) for n in (heads, shared, shared))
+    return attention.edges_of(positions, torch.device("cpu")), positions, (query, key, value)
+
+
+def dense(positions, query, key, value, scale, window, softcap) -> torch.Tensor:
+    """Under a mask of whole rows, in float64."""
+    document = (positions == 0).cumsum(1)
+    token = torch.arange(positions.shape[1])
+    back = token[:, None] - token
+    mask = (document[:, None, :, None] == document[:, None, None, :]) & (back >= 0) & (back < (window or len(back)))
+    q, k, v = (x.double().repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (query, key, value))
+    scores = q @ k.transpose(2, 3) * scale
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v).transpose(1, 2).float()
+
+
+@pytest.mark.parametrize("limits", [{}, {"BLOCK": 48}, {"LONGEST": 100}, {"STEP": 32, "TOGETHER": 2}], ids=str)
+@pytest.mark.parametrize("window, softcap", [(None, None), (50, None), (None, 1.0), (50, 1.0), (5000, None)])
+@pytest.mark.parametrize("way", ["by_length", "by_mask", "by_flash"])
+def test_each_way_attends_as_under_a_mask(way, window, softcap, limits, monkeypatch, flash):
+    if way == "by_flash" and (softcap or limits) or way == "by_mask" and limits:
+        pytest.skip("not of this way")
+    monkeypatch.setattr(attention, "flash_takes", lambda q, v: way == "by_flash")
+    monkeypatch.setattr(attention, "by_length", getattr(attention, way))  # what the CPU takes
+    for name, limit in limits.items():
+        monkeypatch.setattr(attention, name, limit)
+    attention.layout.cache_clear()
+    edges, positions, tensors = qkv(heads=4, shared=2, rows=4)
+    found = attention.attend(edges, *tensors, scale=0.7, window=window, softcap=softcap)
+    expected = dense(positions, *tensors, 0.7, window, softcap)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    back = torch.randn_like(found)
+    for one, other in zip(*(torch.autograd.grad(x, tensors, back) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert bool(flash) == (way == "by_flash")
+
+
+def test_under_autocast_all_ways_get_one_precision(flash):
+    edges, _, (query, key, value) = qkv(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention.attend(edges, query, key, value.bfloat16())
+    assert found.dtype == torch.bfloat16 and flash
+
+
+@pytest.mark.parametrize("way", ["by_length", "by_mask"])
+def test_dropout_falls_on_the_weights(way):
+    edges, positions, _ = qkv(8, 8)
+    even, ones = torch.zeros(600, 8, 4), torch.ones(600, 8, 4)
+    output = getattr(attention, way)(edges, even, even, ones, 0.5, 0.25)
+    seen = positions.flatten()[:, None, None] + 1
+    kept = output * seen * 0.75  # of the tokens seen, each with the weight 1 / seen, kept ones with 1 / 0.75 of it
     torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-3)
     assert kept.sum() / (seen.sum() * 32) == pytest.approx(0.75, abs=0.01)
 
-    model = model_of("gpt2", attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0)
-    batch, _ = batch_of(documents(8), 64, 1)
 
-    def logits(training: bool, seed: int) -> torch.Tensor:
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_dropout_of_a_model_follows_the_seed_and_stops_in_evaluation(family, used):
+    model = model_of(family, **{"llama": {"attention_dropout": 0.5}, "gptj": {}}[family]).train()
+    for module in model.modules():
+        if hasattr(module, "attn_dropout"):
+            module.attn_dropout.p = 0.5
+    batch, _ = batch_of(1)
+
+    def logits(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return packed_logits(model.train(training), batch)
+        with documents_apart(model) as apart:
+            return logits_of(model, batch, apart)
 
-    assert torch.equal(logits(True, 0), logits(True, 0))
-    assert not torch.allclose(logits(True, 0), logits(True, 1))
-    assert torch.equal(logits(False, 0), logits(False, 1))
-
-
-@pytest.mark.parametrize("family", ["gpt_neox", "gptj", "llama"])
-def test_adapters_attend_by_documents(family, used):
-    model = get_peft_model(made_of(family), LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
-    made = documents(20)
-    batch, packed = batch_of(made, 64, 3)
-    logits = packed_logits(model, batch)
+    assert torch.equal(logits(0), logits(0))
+    assert not torch.allclose(logits(0), logits(1))
+    model.eval()
+    assert torch.equal(logits(0), logits(1))
     assert used
-    first = torch.tensor([made[packed[0][0]].ids])
-    torch.testing.assert_close(logits[0, : first.shape[1]], model(first).logits[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_document_cannot_reach_its_neighbours(family, dtype):
+    model, (batch, spans) = model_of(family).eval().to(dtype), batch_of(1)
+    with documents_apart(model) as apart, torch.no_grad():
+        before = logits_of(model, batch, apart)[0]
+        _, start, end = spans[1]
+        batch.input_ids[0, start:end] = (batch.input_ids[0, start:end] + 1) % 100
+        after = logits_of(model, batch, apart)[0]
+    changed = ~torch.isclose(before, after).all(-1)
+    assert (
+        changed[start:end].all()
+        and torch.equal(before[:start], after[:start])
+        and torch.equal(before[end:], after[end:])
+    )
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, "gemma2"])
+def test_bfloat16_is_as_near_to_float32_as_it_is_under_a_mask(family, used):
+    model, (batch, spans) = model_of(family).train(), batch_of(2)
+    true = gradient(model, alone(model, batch, spans), batch, spans)
+    errors = []
+    for context in (documents_apart(model), nullcontext(lambda positions: None)):
+        with context as apart, torch.autocast("cpu", torch.bfloat16):
+            found = gradient(model, pieces(logits_of(model, batch, apart), spans), batch, spans)
+        errors.append(((found - true).norm() / true.norm()).item())
+    assert used
+    assert 0 < errors[0] < 1.5 * errors[1] < 0.2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_either_checkpointing_keeps_the_documents(reentrant, used):
+    model, (batch, spans) = (
+        model_of("gpt2").train(),
+        batch_of(3),
+    )  # which gives its layers the mask as one of their args
+    expected = alone(model, batch, spans)
+    true = gradient(model, expected, batch, spans)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with documents_apart(model) as apart:
+        found = pieces(logits_of(model, batch, apart), spans)
+        packed = gradient(model, found, batch, spans)
+    assert_same(found, expected, (packed, true))
+    assert len(used) == 4
+
+
+def test_compiled_layers_take_batches_of_other_documents(used):
+    model = model_of("llama").eval()
+    expected = [torch.cat(alone(model, *batch_of(2, seed=seed))) for seed in range(4)]
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    torch._dynamo.reset()
+    with documents_apart(model) as apart, torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
+        for seed in range(4):
+            batch, spans = batch_of(2, seed=seed)
+            found = torch.cat(pieces(logits_of(model, batch, apart), spans))
+            torch.testing.assert_close(found, expected[seed], rtol=0, atol=1e-5)
+    assert len(used) == 8
+
+
+@pytest.mark.parametrize("family, target", [("llama", "q_proj"), ("gptj", "q_proj"), ("gpt_neox", "query_key_value")])
+def test_adapters_learn_the_same(family, target, used):
+    torch.manual_seed(0)
+    model = get_peft_model(model_of(family), LoraConfig(target_modules=[target], init_lora_weights=False)).train()
+    batch, spans = batch_of(2)
+    expected = alone(model, batch, spans)
+    true = gradient(model, expected, batch, spans)
+    model.activation_checkpointing_enable()
+    model.enable_input_require_grads()
+    with documents_apart(model) as apart:
+        found = pieces(logits_of(model, batch, apart), spans)
+        packed = gradient(model, found, batch, spans)
+    assert_same(found, expected, (packed, true))
+    assert used and model.config._attn_implementation in ("sdpa", "eager")
+    check_apart(model, 64)
+
+
+def test_a_model_that_changes_the_mask_keeps_it():
+    narrow = SMALL | {"num_key_value_heads": 2, "num_hidden_layers": 2}
+    model, (batch, _) = made_from(DogeConfig(vocab_size=100, **narrow)), batch_of(2)
+    with documents_apart(model) as apart:
+        assert apart(batch.position_ids) is None
+        logits = logits_of(model, batch, apart)
+    assert torch.equal(logits, logits_of(model, batch))
+
+
+def test_without_a_cache_positions_alone_keep_documents_apart():
+    for family in ("llama", "gptj"):
+        model, (batch, spans) = model_of(family).eval(), batch_of(2)
+        with torch.no_grad():
+            expected = torch.cat(alone(model, batch, spans))
+            with documents_apart(model):
+                for use_cache in (False, True):
+                    found = torch.cat(pieces(logits_of(model, batch, use_cache=use_cache), spans))
+                    assert torch.allclose(found, expected, atol=1e-5) != use_cache
+
+
+def test_positions_must_be_those_of_documents():
+    cpu = torch.device("cpu")
+    edges = attention.edges_of(torch.tensor([[0, 1, 2, 0], [0, 0, 1, 2]]), cpu)
+    assert edges[0, 0, 0].tolist() == [0, 3, 4, 5, 8] and edges.shape == (2, 1, 3, 5)
+    for wrong in ([[1, 2]], [[0, 2]], [[0, 1], [2, 3]]):
+        with pytest.raises(ValueError, match="count from 0"):
+            attention.edges_of(torch.tensor(wrong), cpu)
+    edges, _, tensors = qkv(2, 2)
+    with pytest.raises(ValueError, match="600 tokens, not of 300"):
+        attention.attend(edges, *(x[:1] for x in tensors))
 
 
 def test_training_attends_by_documents_and_leaves_the_model_as_it_was(used, tmp_path):
-    for family in ("llama", "gptj"):
-        model, made = model_of(family, **DRY.get(family, {})), documents(20)
-        trainer.train(model, made, made[:5], 32, 0, CONFIG)
-        assert used
-        model.save_pretrained(tmp_path)
-        assert attention.NAME not in (tmp_path / "config.json").read_text()
-        seen = len(used)
-        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
-        assert len(used) == seen
+    model, made = model_of("llama"), documents(20)
+    trainer.train(model, made, made[:5], 32, 0, CONFIG)
+    assert used
+    assert model.config._attn_implementation == "sdpa"
+    model.save_pretrained(tmp_path)
+    assert attention.NAME not in (tmp_path / "config.json").read_text()
+    seen = len(used)
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    assert len(used) == seen
+
+
+@pytest.mark.parametrize("family, usual", [("llama", "sdpa"), ("gptj", "eager"), ("gemma2", "eager")])
+def test_a_model_is_set_back_when_training_breaks_off(family, usual):
+    model = model_of(family)
+    attend = [getattr(module, "_attn", None) for module in model.modules()]
     with pytest.raises(KeyboardInterrupt), documents_apart(model):
+        assert [getattr(module, "_attn", None) for module in model.modules()] != attend or family != "gptj"
         raise KeyboardInterrupt
-    assert not [module for module in model.modules() if "_attn" in vars(module)]
+    assert model.config._attn_implementation == usual
+    assert [getattr(module, "_attn", None) for module in model.modules()] == attend
 
 
-def test_positions_that_do_not_count_up_are_no_documents():
-    for positions in ([[0, 1, 3]], [[1, 2, 3]], [[0, 1, 2], [3, 4, 5]]):
-        with pytest.raises(ValueError, match="count from 0"):
-            attention.edges_of(torch.tensor(positions), torch.device("cpu"))
-    with pytest.raises(ValueError, match="those of 3 tokens"):
-        attention.attend(attention.edges_of(torch.arange(3)[None], torch.device("cpu")), *torch.randn(3, 1, 2, 6, 4))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families_pass_the_check(family):
+    check_apart(model_of(family), 128)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
-def test_families_that_keep_documents_apart_are_not_refused(family):
-    model = made_of(family).train()
-    state = torch.get_rng_state()
-    check_apart(model, 256)
-    assert model.training and torch.equal(state, torch.get_rng_state())
-    check_apart(model.to(torch.bfloat16), 256)
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gemma3_text"])
+def test_the_check_holds_in_sixteen_bits(family):
+    with torch.autocast("cpu", torch.bfloat16):
+        check_apart(model_of(family), 128)
+    check_apart(model_of(family).bfloat16(), 128)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2),
-        BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=2),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_a_model_that_cannot_is_refused_by_name(config):
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match=f"type {config.model_type} cannot be fine-tuned here"):
+def test_the_check_leaves_mode_and_random_state():
+    model = model_of("gpt2").train()
+    model.transformer.h[0].eval()
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    check_apart(model, 16)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+ALIKE = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2}
+LEAKING = {
+    "bloom": BLOOM,
+    "mamba": MambaConfig(**ALIKE, state_size=8),
+    "rwkv": RwkvConfig(**ALIKE, attention_hidden_size=32),
+    "falcon": FalconConfig(**ALIKE, num_attention_heads=4),
+}
+
+
+@pytest.mark.parametrize("kind", LEAKING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_whose_documents_see_one_another_are_refused(kind, dtype):
+    with pytest.raises(UserError, match=f"of type {kind} cannot be fine-tuned here: .* see one another"):
+        check_apart(made_from(LEAKING[kind]).to(dtype), 64)
+
+
+def test_other_models_that_packing_does_not_suit_are_refused():
+    bert = made_from(BertConfig(**ALIKE, num_attention_heads=4, intermediate_size=64))  # each token sees all
+    with pytest.raises(UserError, match="bert .* does not get the logits that it gets alone"):
+        check_apart(bert, 64)
+    trocr = TrOCRConfig(vocab_size=100, d_model=32, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64)
+    with pytest.raises(UserError, match="trocr .* at chosen tokens"):
+        check_apart(made_from(trocr), 64)
+
+
+def test_a_model_outside_the_interface_passes_when_its_own_mask_is_right():
+    kinds = [[["global", "local"], 1]]
+    model = made_from(GPTNeoConfig(vocab_size=100, hidden_size=32, num_layers=2, num_heads=2, attention_types=kinds))
+    check_apart(model, 64)
+
+
+def test_what_a_device_changes_by_itself_is_no_leak():
+    model = model_of("llama")
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: out * (1 + 1e-3 * torch.randn_like(out)))
+    check_apart(model, 64)
+
+
+def test_the_check_sees_attention_that_is_wrong(monkeypatch):
+    model, edges_of, attend = model_of("llama"), attention.edges_of, attention.attend
+    rows = torch.arange(64).expand(2, -1)
+    monkeypatch.setattr(attention, "edges_of", lambda positions, device: edges_of(rows, device))
+    with pytest.raises(UserError, match="see one another"):
+        check_apart(model, 64)
+    monkeypatch.setattr(attention, "edges_of", edges_of)
+    monkeypatch.setattr(attention, "attend", lambda edges, q, *others: attend(edges, q * 2, *others))
+    with pytest.raises(UserError, match="that it gets alone"):
         check_apart(model, 64)
 
 
-def test_a_leak_is_found_wherever_it_comes_from(monkeypatch):
-    def leaking(edges, query, key, value, *args, **options):
-        return attention_of(edges, query, key, value, *args, **options) + value.mean()
-
-    attention_of = attention.attend
-    monkeypatch.setattr(attention, "attend", leaking)
-    with pytest.raises(UserError, match="see one another"):
-        check_apart(made_of("llama"), 64)
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def by_documents(q, k, v, starts, _, longest, __, scale, window_size, enable_gqa):
-    """What `varlen_attn` computes, written plainly: [tokens, heads, size]."""
-    assert starts.dtype == torch.int32 and starts.diff().max() == longest
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)) if enable_gqa else (k, v)
-    back = torch.arange(longest)[:, None] - torch.arange(longest)
-    seen = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
-    outputs = []
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
-        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * scale
-        weights = scores.masked_fill(~seen[: end - start, : end - start], float("-inf")).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights, v[start:end]))
-    return torch.cat(outputs)
-
-
-@pytest.mark.parametrize("family", ["gpt_neox", "gptj", "llama", "mistral window"])
-@pytest.mark.parametrize("way", ["by_flash", "by_mask"])
-def test_the_ways_of_a_gpu_lay_documents_out_as_the_cpu_does(family, way, monkeypatch):
-    """The batch in one row, as on a GPU. FlashAttention itself is replaced here; the tests below use it."""
-    monkeypatch.setattr(attention, "varlen_attn", by_documents)
-    model, made = made_of(family).eval(), documents(20, longest=60)
-    batch, _ = batch_of(made, 128, 3)
-    expected = packed_logits(model, batch)
-
-    def other(edges, q, k, v, scale, dropout, window, softcap):
-        return getattr(attention, way)(edges, q, k, v, scale, window=window)
-
-    monkeypatch.setattr(attention, "by_length", other)
-    torch.testing.assert_close(packed_logits(model, batch), expected, rtol=1e-4, atol=1e-5)
-    with documents_apart(model) as apart:
-        mask, flat = apart(batch.position_ids), batch.flat()
-        if way == "by_flash":
-            logits = model(flat.input_ids, position_ids=flat.position_ids, attention_mask=mask).logits
-            torch.testing.assert_close(logits.view_as(expected), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
-def test_on_a_gpu_a_model_learns_what_it_learns_on_the_cpu(family):
-    made = documents(60, longest=120)
-    history, _ = trainer.train(made_of(family), made, made[:10], 128, 0, CONFIG)
-    check_apart(made_of(family).cuda(), 128)
-    assert history.heldout[-1] < history.heldout[0]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@cuda
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flash_attention_gives_the_gradient_of_each_document_alone(family):
-    model, made = made_of(family).cuda().train(), documents(20, longest=200)
-    batch, packed = batch_of(made, 256, 2)
-    accelerator = Accelerator()
-    with torch.autocast("cuda", torch.bfloat16), documents_apart(model) as apart:
-        total, _ = trainer.batch_loss(model, batch, accelerator, None, apart)
-    total.backward()
-    together = torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
-    plain = made_of(family).train()
-    sum(plain_loss(plain, made[index]) for row in packed for index in row).backward()
-    alone = torch.cat([p.grad.flatten() for p in plain.parameters()])
-    assert (together - alone).norm() < 0.03 * alone.norm()
+def test_a_gpu_gives_what_each_document_gets_alone(family, rows):
+    model, (batch, spans) = model_of(family).train().cuda(), batch_of(rows)
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = alone(model, batch, spans)
+        true = gradient(model, expected, batch, spans)
+        model.activation_checkpointing_enable()
+        with documents_apart(model) as apart:
+            mask = apart(batch.position_ids)
+            found = pieces(logits_of(model, batch.flat(), lambda positions: mask).view(rows, 128, -1), spans)
+            packed = gradient(model, found, batch, spans)
+    assert_same(found, expected, (packed, true), atol=0.05, share=0.05)
+
+
+@cuda
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("size", [8, 64, 256])
+def test_flash_attention_attends_as_under_a_mask(size, window):
+    edges, positions, tensors = qkv(heads=4, shared=2, rows=4, size=size)
+    found = attention.attend(edges.cuda(), *(x.cuda().bfloat16() for x in tensors), window=window)
+    expected = dense(positions, *tensors, size**-0.5, window, None)
+    torch.testing.assert_close(found.float().cpu(), expected, rtol=0.02, atol=0.02)
+    back = torch.randn_like(expected)
+    ours = torch.autograd.grad(found, tensors, back.cuda().bfloat16())
+    for one, other in zip(ours, torch.autograd.grad(expected, tensors, back), strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
+@cuda
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gpt_neox"])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_a_gpu_is_never_waited_for(family, precision):
+    model, (batch, _) = model_of(family).cuda(), batch_of(3)
+    ids, positions = batch.flat().input_ids.cuda(), batch.flat().position_ids.cuda()
+    with documents_apart(model) as apart, torch.autocast("cuda", precision, enabled=precision != torch.float32):
+        given = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        model(**given, attention_mask=apart(batch.position_ids))  # the first time buffers are moved
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(**given, attention_mask=apart(batch.position_ids)).logits.sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families_pass_the_check_on_a_gpu(family):
+    check_apart(model_of(family).cuda(), 128)
+    with torch.autocast("cuda", torch.bfloat16):
+        check_apart(model_of(family).cuda(), 128)
