@@ -106,7 +106,7 @@ def gptj_attention(module, query, key, value, attention_mask=None):
     if not are_edges(attention_mask):
         return GPTJAttention._attn(module, query, key, value, attention_mask)
     dropout = module.attn_dropout.p if module.training else 0.0
-    return attend(attention_mask, query, key, value, 1 / module.scale_attn, dropout).transpose(1, 2), None
+    return attend(attention_mask, query, key, value, dropout=dropout).transpose(1, 2), None
 
 
 @torch.compiler.disable  # its shapes are those of the documents, other ones in each batch

@@ -13,6 +13,8 @@ import torch
 from fakehub import CUT_OFF, READ_TOKEN, TOKEN, Fault, Hub
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from dolly.errors import UserError
+from dolly.hub import push
 from dolly.model import generation_defaults, load_tokenizer, save_package
 from dolly.prompt import dolly_tokenizer
 from dolly.report import CardFacts, model_card
@@ -181,3 +183,9 @@ def test_help_shows_examples_without_loading_libraries(tmp_path):
     assert run.returncode == 0
     assert "python -m dolly push models/dolly acme/dolly --private" in run.stdout
     assert not {"torch", "transformers", "huggingface_hub", "gradio"} & set(run.stdout.split())
+
+
+def test_adapters_of_a_base_that_nobody_else_has_are_not_pushed(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(UserError, match=r"adapters alone.*without --no-merge"):
+        push(tmp_path, "alice/dolly", private=True)

@@ -1,6 +1,7 @@
 """train.py as a user runs it: what it writes, and what it says when something is wrong."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -46,6 +47,9 @@ def test_a_run_from_a_file_and_the_command_line(bases, tmp_path):
         ({"--base": "models/none-such"}, ["models/none-such"]),
         ({"--output": "FULL", "--epochs": "0"}, ["FULL", "not empty", "epochs must be at least 1"]),
         ({"--max-length": "9999"}, ["--max-length 9999", "256 tokens"]),
+        ({"--lora-rank": "2", "--base": "SCRATCH"}, ["holds no weights", "--lora-rank"]),
+        ({"--lora-rank": "2", "--no-merge": "--private", "--push-to-hub": "mine"}, ["nobody else has their base"]),
+        ({"--dtype": "float16"}, ["--dtype float16 needs a GPU"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -57,7 +61,8 @@ def test_a_mistake_is_one_message_and_changes_nothing(bases, tmp_path, capsys, c
     write(places["GOOD"], ROWS)
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL" / "precious").write_text("mine")
-    places |= {"FULL": tmp_path / "FULL"}
+    places |= {"FULL": tmp_path / "FULL", "SCRATCH": tmp_path / "scratch"}
+    shutil.copytree(bases["gpt2"], places["SCRATCH"], ignore=shutil.ignore_patterns("*.safetensors"))
     options = {"--base": bases["gpt2"], "--data": "GOOD", "--output": tmp_path / "new", "--max-length": "64"} | changes
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as ended, told_plainly():
