@@ -242,3 +242,4 @@ def widget_prompts() -> dict[str, str]:
 if __name__ == "__main__":
     with told_plainly():
         main(sys.argv[1:])
+    launch.leave()

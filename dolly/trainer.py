@@ -177,10 +177,7 @@ def train(
                 if history.steps in save_at:
                     checkpoint.save(run, checkpoints, belongs)
                 begun += time.monotonic() - paused
-        model = whole(accelerator, prepared, model)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()  # else the threads of a process group abort the process that ends first
-        return history, model
+        return history, whole(accelerator, prepared, model)
 
 
 def batch_loss(

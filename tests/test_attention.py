@@ -328,12 +328,13 @@ def test_either_checkpointing_keeps_the_documents(reentrant, used):
     assert len(used) == 4
 
 
-def test_compiled_layers_take_batches_of_other_documents(used):
-    model = model_of("llama").eval()
+@pytest.mark.parametrize("family, layers", [("llama", "model.layers"), ("gptj", "transformer.h")])
+def test_compiled_layers_take_batches_of_other_documents(family, layers, used):
+    model = model_of(family).eval()
     expected = [torch.cat(alone(model, *batch_of(2, seed=seed))) for seed in range(4)]
     torch._dynamo.reset()
     graphs = []
-    for layer in model.model.layers:
+    for layer in model.get_submodule(layers):
         layer.compile(backend=lambda graph, inputs: graphs.append(graph.code) or graph)
     with documents_apart(model) as apart, torch.no_grad():
         for seed in range(4):
