@@ -35,7 +35,7 @@ def test_a_run_that_is_killed_at_any_of_ten_updates_and_resumed_ends_in_the_same
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
-    made = outcomes(tmp_path, "saving", list(range(1, 40, 2)))
+    made = outcomes(tmp_path, "saving", list(range(1, 40, 3)))
     assert all(outcome["killed"] and outcome["equal"] for outcome in made), made
     steps = [outcome["from"] for outcome in made]
     assert steps[0] is None and len(set(steps)) > 2
