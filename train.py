@@ -78,7 +78,8 @@ def main(argv: list[str]) -> None:
         models.add_control_tokens(model, ready.base_tokenizer, tokenizer)
     if torch.cuda.is_available() and config.deepspeed != "zero3":  # with it the model may exceed a GPU
         model.to(f"cuda:{launch.local_rank()}")
-    check_apart(model, ready.length)
+    with torch.autocast(model.device.type, products, enabled=products != torch.float32):  # as the run will
+        check_apart(model, ready.length)
 
     defaults = models.generation_defaults(tokenizer, model, **sampling(config))
     before = models.answers(model, tokenizer, ready.prompts, defaults) if launch.is_first() else []

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dolly.packing import IGNORED
 
 LOGITS = 2**25  # of a chunk, 64 MiB in bfloat16: half and twice as many are as fast on the CPU
+SLICE = 1024  # rows of a product that the CPU casts and adds at a time: the whole at once takes seven times as long
 MULTIPLE = 256  # tokens of a chunk: with fewer the CPU spends its time in adding up the gradients of the chunks
 
 
@@ -37,6 +38,7 @@ class HeadLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
         size = max(1, LOGITS // len(w) // MULTIPLE) * MULTIPLE
+        added = SLICE if x.device.type == "cpu" else len(w)
         for at in range(0, len(x), size):
             chunk = slice(at, at + size)
             logits = scratch(len(x[chunk]), len(w), dtype, x.device)
@@ -59,7 +61,9 @@ class HeadLoss(torch.autograd.Function):
                 d_hidden[chunk] *= learned[chunk]
             if for_weight:
                 masked = x[chunk] * learned[chunk]
-                d_weight += torch.mm(d_logits.T, masked, out=scratch(*w.shape, dtype, x.device, "product"))
+                product = torch.mm(d_logits.T, masked, out=scratch(*w.shape, dtype, x.device, "product"))
+                for rows, more in zip(d_weight.split(added), product.split(added), strict=True):
+                    rows += more
             if for_bias:
                 d_bias += torch.mv(d_logits.T, learned[chunk, 0].to(dtype))
         ctx.gradients = (d_hidden, d_weight, d_bias)
