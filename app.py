@@ -22,24 +22,30 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         default=os.environ.get("DOLLY_MODEL", DEMO),
         help=f"a folder, or an id on the Hugging Face Hub (default: DOLLY_MODEL, else {DEMO})",
     )
+    parser.add_argument(
+        "--feedback",
+        metavar="FILE",
+        type=Path,
+        help="visitors may rate and correct answers, which are added to FILE (for python -m dolly review)",
+    )
     parser.add_argument("--host", help="default: 127.0.0.1, this machine alone; 0.0.0.0 opens it to the network")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     return parser.parse_args(given)
 
 
-def chat(model: str):
+def chat(model: str, judged: Path | None):
     """The page that talks to `model`, or says why it cannot."""
     examples = yaml.safe_load(EXAMPLES.read_text(encoding="utf-8"))["categories"]
     try:
         if model == DEMO and not Path(DEMO).exists():
             raise UserError(f"The folder {DEMO} does not exist.")
-        return build(Engine(*load_package(model)), examples)
+        return build(Engine(*load_package(model)), examples, judged=judged)
     except UserError as error:
         return build(None, examples, str(error))
 
 
 options = arguments(None if __name__ == "__main__" else [])
-demo = chat(options.model)
+demo = chat(options.model, options.feedback)
 
 if __name__ == "__main__":
     with told_plainly():

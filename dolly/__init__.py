@@ -2,12 +2,17 @@
 
 The modules in reading order; each imports only from those named before it:
 
-    errors, prompt, records, config      what a mistake, a prompt, a record and a setting are
+    errors, prompt, similar, records     what a mistake, a prompt, near-duplicates and a record are
+    language, doctor, doctor_report      what is wrong with a file of records, by line
+    feedback                             from the chat back to the data
+    config                               what a setting is
     launch                               what the first of several processes prepares for all
     packing, model, adapters             token rows; loading a base and saving the package; LoRA and QLoRA
     attention, head                      a row's documents apart; the LM head and its loss in one
     progress, distributed, checkpoint    what one sees of a run; its processes; its state, whole or absent
     trainer, engine                      the training loop; the token loop of the chat
+    prepare                              all that is known, and checked, before a model is loaded
+    evaluate, curve                      measures of a model beside its base; whether more data would help
     report, hub                          the model card; pushing to the Hugging Face Hub
     texts, chat                          the words of the Gradio page, and the page
 """

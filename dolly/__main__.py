@@ -1,32 +1,66 @@
-"""`python -m dolly COMMAND`: what can be done with a model besides training it and chatting with it."""
+"""`python -m dolly COMMAND`: what can be done with data and models besides training and chatting."""
 
 import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from dolly.errors import UserError, told_plainly
 
+DATA = Path(__file__).parent.parent / "data"
+
 DESCRIPTION = """\
-Works on models that train.py wrote.
+Works on the records that train.py reads and on the models that it writes.
 To fine-tune one: python train.py --help.  To chat with one: python app.py --help.
 """
 
 EXAMPLES = """\
 examples:
+  python -m dolly check my.jsonl --html report.html        what is wrong with the records of a file
+  python -m dolly evaluate models/dolly --base data/base   how good a model is, beside its base
   python -m dolly push models/dolly dolly                  to your own account on the Hugging Face Hub
-  python -m dolly push models/dolly acme/dolly --private   to an organisation, for its members only
 """
 
-PUSH_EXAMPLES = f"""\
+EVALUATE_EXAMPLES = """\
+examples:
+  python -m dolly evaluate models/dolly --base data/base --report report.md
+  python -m dolly evaluate models/mine --data test.jsonl --whole --per-record --json measures.json
+  python -m dolly evaluate models/mine --base EleutherAI/pythia-410m --tasks hellaswag,arc_easy
+  python -m dolly evaluate --learning-curve --config configs/demo.yaml --data my.jsonl
+
+With --learning-curve there is no MODEL, and all settings of train.py are taken too.
+"""
+
+CHECK_EXAMPLES = """\
+examples:
+  python -m dolly check my.jsonl
+  python -m dolly check my.csv --html report.html --json report.json
+  python -m dolly check my.jsonl --against validation.jsonl --base EleutherAI/pythia-410m
+
+exit codes: 0 no errors (there may be warnings);  1 errors;  2 the file cannot be read at all
+"""
+
+PUSH_EXAMPLES = """\
 Needs a token that may write: hf auth login, or HF_TOKEN.
 What has arrived is not sent again, so a push that broke off is finished by repeating it.
 
-{EXAMPLES}
+examples:
+  python -m dolly push models/dolly dolly                  to your own account
+  python -m dolly push models/dolly acme/dolly --private   to an organisation, for its members only
+
 exit codes: 0 pushed;  2 nothing was sent, the message says what to mend;  3 broke off, repeat it later
 """
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, settings = parser.parse_known_args(argv)
+    curve = getattr(options, "learning_curve", False)
+    if settings and not curve:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    options.settings = settings
     with told_plainly():
         options.run(options)
 
@@ -35,6 +69,38 @@ def _parser() -> argparse.ArgumentParser:
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(prog="python -m dolly", description=DESCRIPTION, epilog=EXAMPLES, **layout)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    about = "Tells what is wrong with a file of records, line by line, and what is in it."
+    command = commands.add_parser("check", help=about, description=about, epilog=CHECK_EXAMPLES, **layout)
+    command.add_argument("file", metavar="FILE", help="records: .jsonl, .json, .csv, .parquet, .txt or a Hub id")
+    command.add_argument("--against", metavar="FILE", help="validation records, none of which may be in FILE")
+    command.add_argument(
+        "--base", default=str(DATA / "base"), help="whose tokens are counted (default: the embedded base)"
+    )
+    command.add_argument("--max-length", type=int, help="tokens of a row (default: the base's limit, at most 1024)")
+    command.add_argument("--json", metavar="PATH", help="write all findings there; - prints nothing else")
+    command.add_argument("--html", metavar="PATH", help="write a report with plots there")
+    command.set_defaults(run=_check)
+
+    about = "Measures a fine-tuned model beside its base, or tells whether more records would help."
+    command = commands.add_parser("evaluate", help=about, description=about, epilog=EVALUATE_EXAMPLES, **layout)
+    command.add_argument("model", metavar="MODEL", nargs="?", help="folder that train.py wrote, or an id on the Hub")
+    command.add_argument("--base", help="what it was made of: measured on the same, for comparison")
+    command.add_argument("--data", help="records, of which the held-out part is measured (default: the model's own)")
+    command.add_argument("--whole", action="store_true", help="measure on all records of --data")
+    command.add_argument("--prompts", metavar="FILE", help="a prompt a line to answer (default: the chat's examples)")
+    command.add_argument("--per-record", action="store_true", help="the loss of each record of the training part")
+    command.add_argument("--tasks", help="of lm-evaluation-harness, with commas between (pip install lm_eval)")
+    command.add_argument("--learning-curve", action="store_true", help="fine-tune on 10, 30 and 100 %% of the records")
+    command.add_argument("--json", metavar="PATH", help="write the measures there")
+    command.add_argument("--report", metavar="PATH", help="write the report there, in Markdown")
+    command.set_defaults(run=_evaluate)
+
+    about = "Shows what visitors of the chat judged, one by one, and adds what you accept to the records."
+    command = commands.add_parser("review", help=about, description=about, **layout)
+    command.add_argument("--feedback", type=Path, default=DATA / "feedback.jsonl", help="(default: %(default)s)")
+    command.add_argument("--data", type=Path, default=DATA / "instructions.jsonl", help="(default: %(default)s)")
+    command.set_defaults(run=_review)
 
     about = "Uploads a model folder to the Hugging Face Hub."
     command = commands.add_parser("push", help=about, description=about, epilog=PUSH_EXAMPLES, **layout)
@@ -48,6 +114,104 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # Each command imports what it needs itself: --help must not wait seconds for torch.
+
+
+def _check(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    from dolly import doctor, doctor_report
+    from dolly.model import load_tokenizer, row_length
+    from dolly.prompt import dolly_tokenizer, encode_all
+
+    tokenizer = dolly_tokenizer(load_tokenizer(options.base))
+    length = row_length(options.base, options.max_length)
+
+    def tokens_of(records) -> list[int]:
+        return [len(ids) for ids, _ in encode_all(tokenizer, [record.messages for record in records])]
+
+    console = Console(stderr=options.json == "-", highlight=False, soft_wrap=True)
+    console.width = max(console.width, 120)  # of a file, or of a pipe, rich takes 80
+    columns = SpinnerColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading")
+        found = doctor.examine(
+            options.file,
+            length,
+            tokens_of,
+            options.against,
+            seen=lambda count: progress.update(task, description=f"{count:,} records read"),
+        )
+    doctor_report.print_report(found, console)
+    _write(options.html, lambda: doctor_report.as_html(found))
+    _write(options.json, lambda: json.dumps(doctor_report.as_json(found), indent=1) + "\n")
+    if found.count("error"):
+        raise SystemExit(1)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if options.learning_curve:
+        _learning_curve(options)
+        return
+    if not options.model:
+        raise UserError("Which model? Give the folder that train.py wrote, or an id on the Hub.")
+    from transformers.utils import logging
+
+    from dolly import evaluate
+
+    logging.disable_progress_bar()
+    prompts = None
+    if options.prompts:
+        try:
+            prompts = [line for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {options.prompts} cannot be read ({error}).") from None
+    tasks = options.tasks.split(",") if options.tasks else None
+    found = evaluate.evaluate(
+        options.model, options.base, options.data, options.whole, prompts, options.per_record, tasks
+    )
+    text = evaluate.report(found)
+    print(text, end="")
+    _write(options.report, lambda: text)
+    _write(options.json, lambda: json.dumps(found, indent=1) + "\n")
+
+
+def _learning_curve(options: argparse.Namespace) -> None:
+    import tempfile
+
+    from dolly import curve
+    from dolly.prepare import prepare, starting_model
+
+    given = [*(["--base", options.base] if options.base else []), *(["--data", options.data] if options.data else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        ready = prepare([*options.settings, *given, "--output", f"{folder}/none"])
+    pad = ready.tokenizer.pad_token_id or 0
+    if not ready.heldout:
+        raise UserError(f"{ready.config.data} has too few records to hold some out.")
+    verdicts = curve.learning_curve(
+        ready.training, ready.heldout, ready.length, pad, ready.config, lambda: starting_model(ready)
+    )
+    text = curve.report(verdicts)
+    print(text, end="")
+    _write(options.report, lambda: text)
+    _write(options.json, lambda: json.dumps(list(map(dataclasses.asdict, verdicts)), indent=1) + "\n")
+
+
+def _review(options: argparse.Namespace) -> None:
+    from dolly import feedback
+
+    counts = feedback.review(options.feedback, options.data, input, print)
+    print("\n" + ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+def _write(path: str | None, text: Callable[[], str]) -> None:
+    if path == "-":
+        sys.stdout.write(text())
+    elif path:
+        try:
+            Path(path).write_text(text(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}).") from None
 
 
 def _push(options: argparse.Namespace) -> None:

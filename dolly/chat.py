@@ -10,10 +10,11 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import gradio as gr
 
-from dolly import texts
+from dolly import feedback, texts
 from dolly.engine import Engine, Reply, Sampling
 from dolly.errors import UserError
 from dolly.prompt import INTRO, Message
@@ -104,16 +105,19 @@ class Waiting:
         self._current.pop(visitor, None)
 
 
-def build(engine: Engine | None, examples: list[dict], error: str | None = None) -> gr.Blocks:
+def build(
+    engine: Engine | None, examples: list[dict], error: str | None = None, judged: Path | None = None
+) -> gr.Blocks:
     """The page for a model, or, without one, the page that says `error` and what helps. Launch it with `**LOOK`.
 
-    `examples`: categories as {"name", "icon", "prompts": [text]}.
+    `examples`: categories as {"name", "icon", "prompts": [text]}. judged: the file for ratings and corrected answers;
+    without it the page has no buttons for them.
     """
     with gr.Blocks(title="Dolly") as page:
         name = f"<code>{html.escape(engine.model.name_or_path)}</code>" if engine else ""
         gr.HTML(f"<header><h1>🐑 Dolly</h1>{name}<p>{translated('tagline')}</p></header>", elem_id="header")
         if engine:
-            conversation(engine, examples)
+            conversation(engine, examples, judged)
         else:
             with gr.Column(elem_id="missing"):  # one translated text a component: Gradio fills in the first only
                 gr.HTML(f"<h2>{translated('missing')}</h2><p>{html.escape(error)}</p>")
@@ -122,7 +126,7 @@ def build(engine: Engine | None, examples: list[dict], error: str | None = None)
     return page.queue(max_size=IN_LINE)
 
 
-def conversation(engine: Engine, examples: list[dict]) -> None:
+def conversation(engine: Engine, examples: list[dict], judged: Path | None) -> None:
     """The parts of the page and what they do."""
     waiting, usual = Waiting(), Sampling.of(engine.model)
 
@@ -130,7 +134,7 @@ def conversation(engine: Engine, examples: list[dict]) -> None:
         label=translated("conversation"),
         placeholder=translated("welcome"),
         show_label=False,
-        editable="user",
+        editable="all" if judged else "user",
         buttons=["copy", "copy_all"],
         height="max(300px, calc(100dvh - 490px))",
         elem_id="conversation",
@@ -165,7 +169,18 @@ def conversation(engine: Engine, examples: list[dict]) -> None:
         return ask(chat[: retried.index], words(chat[retried.index]["content"]), request)
 
     def edit(chat, edited: gr.EditData, request: gr.Request):
+        if chat[edited.index]["role"] == "assistant":
+            judge(chat[: edited.index], edited.previous_value, correction=edited.value)
+            return gr.skip(), gr.skip(), gr.skip()
         return ask(chat[: edited.index], edited.value, request)
+
+    def judge(before, answer: str, **how):
+        turns = [*messages(before, ""), {"role": "assistant", "content": answer}]
+        feedback.add(judged, feedback.Feedback(turns, model=engine.model.name_or_path, **how))
+
+    def rate(chat, liked: gr.LikeData, request: gr.Request):
+        judge(chat[: liked.index], words(chat[liked.index]["content"]), rating="good" if liked.liked else "bad")
+        return f"<p role=status>{texts.text('kept', texts.language(request.headers.get('accept-language', '')))}</p>"
 
     def example(clicked: gr.EventData, request: gr.Request):
         return ask([], prompts[clicked.target], request)
@@ -233,6 +248,8 @@ def conversation(engine: Engine, examples: list[dict]) -> None:
         event.failure(failed, None, [bot, box, status], **at_once)
     box.stop(stop, None, box, **at_once)
     bot.undo(undo, bot, [bot, box], **at_once)
+    if judged:
+        bot.like(rate, bot, status, **at_once)
     bot.clear(clear, None, [bot, box, status], **at_once)
     gr.api(endpoint(engine, usual), api_name="chat", concurrency_limit=AT_ONCE)
 

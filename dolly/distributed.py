@@ -5,6 +5,7 @@
 
 import contextlib
 import math
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -17,6 +18,22 @@ from dolly.config import TrainConfig
 
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 PATIENCE = timedelta(hours=2)  # the first process answers sample prompts, and saves, while the others wait for it
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What the loss needs of an accelerator, for one process outside of a run."""
+
+    device: torch.device
+    products: str
+    num_processes: int = 1
+    process_index: int = 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, getattr(torch, self.products), enabled=self.products != "float32")
+
+    def reduce(self, sums: torch.Tensor) -> torch.Tensor:
+        return sums
 
 
 def accelerator_of(config: TrainConfig, products: str) -> Accelerator:

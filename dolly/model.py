@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ from dolly.errors import UserError
 from dolly.prompt import CONTROL_TOKENS
 
 MAX_SHARD = "5GB"
+AT_ONCE = 16  # prompts that are answered in one batch
+ROW = 1024  # tokens of a row where --max-length is not given and the base can see that far
 # What transformers raises for files that are missing, damaged, or do not fit together.
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 # Weights in any format that transformers knows; a folder without such a file is a configuration to start from.
@@ -57,6 +60,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def window(name: str) -> int | None:
     """Tokens that the model of a folder or Hub id can see at once; None when its configuration does not say."""
     return getattr(_load(AutoConfig, name).get_text_config(), "max_position_embeddings", None)
+
+
+def row_length(name: str, asked: int | None) -> int:
+    """Tokens of a row for a base: `--max-length`, else its window, at most `ROW`. Raises `UserError` for too many."""
+    most = window(name)
+    if asked and most and asked > most:
+        raise UserError(f"--max-length {asked} is more than {name} sees at once ({most} tokens).")
+    return asked or min(ROW, most or ROW)
 
 
 def license_of(name: str) -> str | None:
@@ -203,22 +214,29 @@ def save_package(
         raise UserError(f"The model is whole in {beside}, but could not be moved to {folder}: {error}.") from None
 
 
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    ended: bool  # by itself, before the longest answer that is allowed
+
+
 @torch.no_grad()
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], defaults: GenerationConfig
-) -> list[str]:
+) -> list[Answer]:
     """One answer to each prompt as the package would give it; the same ones every time."""
-    if not prompts:
-        return []
-    batch = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
-    room = tokenizer.model_max_length - batch.input_ids.shape[1]
     torch.manual_seed(0)
-    within = copy.deepcopy(defaults)
-    within.max_new_tokens = min(defaults.max_new_tokens, room)
-    ids = model.eval().generate(**batch, generation_config=within)
-    return [
-        text.strip() for text in tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-    ]
+    model.eval()
+    made = []
+    for at in range(0, len(prompts), AT_ONCE):
+        batch = tokenizer(prompts[at : at + AT_ONCE], padding=True, return_tensors="pt").to(model.device)
+        within = copy.deepcopy(defaults)
+        within.max_new_tokens = min(defaults.max_new_tokens, tokenizer.model_max_length - batch.input_ids.shape[1])
+        ids = model.generate(**batch, generation_config=within)[:, batch.input_ids.shape[1] :]
+        ended = torch.isin(ids, torch.tensor(defaults.eos_token_id, device=ids.device)).any(1).tolist()
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        made += [Answer(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
+    return made
 
 
 def _for_transformers_4(path: Path) -> None:

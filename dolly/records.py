@@ -15,16 +15,19 @@ import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dolly.errors import UserError
 from dolly.prompt import Message, user_text
+from dolly.similar import Sketches, groups
 
 SUFFIXES, PACKED = (".jsonl", ".json", ".csv", ".parquet", ".txt"), (".gz", ".zip", ".xz", ".bz2", ".zst")
 INSTRUCTION, CONTEXT = ("instruction", "prompt", "question"), ("context", "input")
 RESPONSE, MESSAGES = ("response", "output", "completion", "answer"), ("messages", "conversations")
+FEW = 10  # near-duplicates, in a small file
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
 
@@ -49,26 +52,42 @@ class Problem:
     what: str
 
 
+def whole_text(record: Record) -> str:
+    return record.text or "\n".join(message["content"] for message in record.messages)
+
+
+def first_prompt(record: Record) -> str:
+    """The first user turn, or the text."""
+    return record.text or next(message["content"] for message in record.messages if message["role"] == "user")
+
+
 def read_records(source: str) -> tuple[list[Record], list[Problem]]:
     """All records of a file or Hub data set; together with the problems they account for every line but blank ones.
 
     Raises `UserError` when the source does not exist, is of an unknown kind, cannot be read or holds nothing.
     """
     records, problems = [], []
+    for item in iterate(source):
+        (problems if isinstance(item, Problem) else records).append(item)
+    if not records and not problems:
+        raise empty(source)
+    return records, problems
+
+
+def iterate(source: str) -> Iterator[Record | Problem]:
+    """What `read_records` reads, one by one, without holding a whole JSONL, CSV or Parquet file in memory."""
     try:
         for line, row in _rows(source):
-            if isinstance(row, Problem):
-                problems.append(row)
-                continue
             try:
-                records.append(_record(row, line))
+                yield row if isinstance(row, Problem) else _record(row, line)
             except ValueError as error:
-                problems.append(Problem(line, str(error)))
+                yield Problem(line, str(error))
     except OSError as error:  # pyarrow's for a damaged page has no strerror
         raise UserError(f"{source} cannot be read ({error.strerror or error}).") from None
-    if not records and not problems:
-        raise UserError(f"{source} is empty. Put at least one record in it, for example\n  {EXAMPLE}")
-    return records, problems
+
+
+def empty(source: str) -> UserError:
+    return UserError(f"{source} is empty. Put at least one record in it, for example\n  {EXAMPLE}")
 
 
 EXAMPLE = '{"instruction": "Name a fruit.", "context": "", "response": "The apple.", "category": "open_qa"}'
@@ -77,11 +96,13 @@ EXAMPLE = '{"instruction": "Name a fruit.", "context": "", "response": "The appl
 def split(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
     """Training and validation records. A record is held out when the hash of its first user turn (or of its text)
     falls in the lowest `fraction`, so the split neither depends on the order nor changes for old records when new ones
-    are added, and equal questions stay on one side. A small file still gives one when it has two questions.
+    are added. Records with the same question, and near-duplicates in the question or as a whole, are a group that stays
+    on one side, that of the member with the lowest second hash. A small file still gives a validation record when it
+    has two groups.
     """
     if fraction == 0 or not records:
         return records, []
-    places = [_place(record) for record in records]
+    places = _places(records)
     bound = max(fraction, min(places))
     training = [record for record, place in zip(records, places, strict=True) if place > bound]
     return (training, [r for r, p in zip(records, places, strict=True) if p <= bound]) if training else (records, [])
@@ -105,10 +126,33 @@ def _some(lines: list[int]) -> str:
     return shown if len(lines) <= 5 else f"{shown} and {len(lines) - 5} more"
 
 
-def _place(record: Record) -> float:
-    first = record.text or next(message["content"] for message in record.messages if message["role"] == "user")
-    words = re.sub(r"\W+", " ", first.casefold()).strip(" ")
-    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8]) / 2**64
+def _places(records: list[Record]) -> list[float]:
+    """A number between 0 and 1 for each record, the same throughout a group of near-duplicates.
+
+    A group of more than a hundredth of all records is a form that many were written in; they are split like others.
+    """
+    own = [_place(first_prompt(record)) for record in records]
+    first: dict[tuple[float, float], int] = {}
+    pairs = [(first.setdefault(place, at), at) for at, place in enumerate(own)]  # with the same question
+    for text_of in (whole_text, first_prompt):
+        sketches = Sketches()
+        sketches.add(map(text_of, records))
+        pairs += sketches.pairs().tolist()
+    roots = groups(len(records), pairs)
+    size = Counter(roots)
+    lowest: dict[int, tuple[float, float]] = {}
+    for at, place in enumerate(own):
+        if size[roots[at]] > max(FEW, len(records) / 100):
+            roots[at] = first[place]
+        lowest[roots[at]] = min(place, lowest.get(roots[at], place))
+    return [lowest[root][1] for root in roots]
+
+
+def _place(prompt: str) -> tuple[float, float]:
+    """Two numbers between 0 and 1 that any change of a letter or digit changes."""
+    words = re.sub(r"\W+", " ", prompt.casefold()).strip(" ")
+    digest = hashlib.sha256(words.encode()).digest()
+    return int.from_bytes(digest[8:16]) / 2**64, int.from_bytes(digest[:8]) / 2**64
 
 
 def _rows(source: str) -> Iterator[tuple[int, dict | Problem]]:

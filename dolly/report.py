@@ -15,6 +15,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 UNTOLD = ("base", "data", "output", "push_to_hub", "private")
 CURVE_ROWS, COUNT_ROWS = 10, 20  # at most, of a table
 
+QUALITY = (
+    ("end by themselves", "end_by_themselves", ".0%"),
+    ("say the same four words three times", "loop", ".0%"),
+    ("words", "words", ".0f"),
+    ("pairs of words that are not repeated", "distinct_2", ".0%"),
+)
+
 USE = """\
 ```python
 from transformers import pipeline
@@ -65,7 +72,9 @@ class CardFacts:
     dtype: str
     heldout_before: float | None = None
     heldout_after: float | None = None
-    heldout_by_category: dict[str, float] = field(default_factory=dict)  # after fine-tuning
+    heldout_by_category: dict[str, list[float]] = field(default_factory=dict)  # before fine-tuning ... after
+    quality: list[dict] = field(default_factory=list)  # of the answers before and after, as `evaluate.quality` tells it
+    plain_text: list[float] = field(default_factory=list)  # loss before and after on plain English
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> records
     categories: Counter[str] = field(default_factory=Counter)  # category -> records
     history: list[dict] = field(default_factory=list)  # {"step", "loss"} and {"step", "heldout"}, by step
@@ -187,8 +196,19 @@ def _training(facts: CardFacts) -> str:
         )
         parts.append(_table(("fine-tuning", "loss", "perplexity"), rows))
         if len(facts.heldout_by_category) > 1:
-            by_loss = sorted(facts.heldout_by_category.items(), key=lambda item: item[1])[:COUNT_ROWS]
-            parts.append(_table(("category", "loss"), [(name or "(none)", f"{loss:.3f}") for name, loss in by_loss]))
+            by_loss = sorted(facts.heldout_by_category.items(), key=lambda item: item[1][-1])[:COUNT_ROWS]
+            rows = [(name or "(none)", f"{losses[0]:.3f}", f"{losses[-1]:.3f}") for name, losses in by_loss]
+            parts.append(_table(("category", "loss before", "after"), rows))
+    if facts.plain_text:
+        before, after = facts.plain_text
+        parts.append(
+            f"What it forgot: the loss of a token of plain English went from {before:.3f} to {after:.3f} (stories, "
+            "reports and descriptions that the fine-tuning has not seen)."
+        )
+    if facts.quality:
+        rows = [(name, *(f"{q[key]:{form}}" for q in facts.quality)) for name, key, form in QUALITY]
+        parts.append(f"Its answers to {facts.quality[-1]['answers']} held-out prompts:")
+        parts.append(_table(("", "before", "after"), rows))
     if facts.history:
         parts.append("The loss on the way, averaged since the row above:")
         parts.append(_table(("step", "training", "held out"), _curve(facts.history)))

@@ -52,7 +52,7 @@ class History:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0  # of training, without the evaluations
-    heldout_by_category: dict[str, float] = field(default_factory=dict)
+    heldout_by_category: dict[str, list[float]] = field(default_factory=dict)  # as `heldout`
 
 
 @dataclass
@@ -114,13 +114,15 @@ def train(
         def evaluate() -> None:
             if heldout:
                 prepared.eval()
-                measured = heldout_loss(losses_of, heldout, length, micro_rows, pad_id, accelerator)
+                sums = document_losses(losses_of, heldout, length, micro_rows, pad_id, accelerator)
+                measured = by_category(sums, heldout)
                 check_finite(measured[None], history.steps, config)
-                history.heldout_by_category = {name: loss for name, loss in measured.items() if name is not None}
-                history.heldout.append(measured[None])
+                history.heldout.append(measured.pop(None))
+                for name, loss in measured.items():
+                    history.heldout_by_category.setdefault(name, []).append(loss)
                 if history.rows:
-                    history.rows[-1]["heldout"] = measured[None]
-                progress.note(f"held-out loss {measured[None]:.4f} after {history.steps} of {total} updates")
+                    history.rows[-1]["heldout"] = history.heldout[-1]
+                progress.note(f"held-out loss {history.heldout[-1]:.4f} after {history.steps} of {total} updates")
 
         torch.manual_seed(config.seed + accelerator.process_index)
         progress.note(
@@ -232,22 +234,30 @@ def kept(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | slice
 
 
 @torch.no_grad()
-def heldout_loss(
+def document_losses(
     losses_of: Callable, documents: list[Document], length: int, micro_rows: int, pad_id: int, accelerator: Accelerator
-) -> dict[str | None, float]:
-    """Mean loss of an answer token by category; `None` is the key of all of them together. losses_of: `batch_loss`."""
-    names = sorted({document.category for document in documents})
-    number = torch.tensor([names.index(document.category) for document in documents])
-    sums = torch.zeros(len(names), 2, dtype=torch.float64)  # of losses, and how many
+) -> torch.Tensor:
+    """The summed loss of the learned tokens of each document and their number, [documents, 2], float64 on the CPU.
+
+    losses_of: `batch_loss` with its model, which is in eval mode.
+    """
+    sums = torch.zeros(len(documents), 2, dtype=torch.float64)
     rows = pack([len(document.ids) for document in documents], length)
     for micro in share(rows, accelerator.num_processes, accelerator.process_index, micro_rows):
         batch = collate(micro, documents, length, pad_id)
         _, losses = losses_of(batch)
         each = torch.stack([losses.double().cpu(), torch.ones(len(losses), dtype=torch.float64)], 1)
-        sums.index_add_(0, number[batch.documents], each)
-    sums = accelerator.reduce(sums.to(accelerator.device)).tolist()
-    total, count = map(sum, zip(*sums, strict=True))
-    return {None: total / count} | {name: loss / n for name, (loss, n) in zip(names, sums, strict=True) if n}
+        sums.index_add_(0, batch.documents, each)
+    return accelerator.reduce(sums.to(accelerator.device)).cpu()
+
+
+def by_category(sums: torch.Tensor, documents: list[Document]) -> dict[str | None, float]:
+    """Mean loss of a token by category; `None` is the key of all of them together. sums: of `document_losses`."""
+    names = sorted({document.category for document in documents})
+    number = torch.tensor([names.index(document.category) for document in documents])
+    each = torch.zeros(len(names), 2, dtype=sums.dtype).index_add_(0, number, sums)
+    loss, count = sums.sum(0).tolist()
+    return {None: loss / count} | {name: loss / n for name, (loss, n) in zip(names, each.tolist(), strict=True) if n}
 
 
 def optimizer_of(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

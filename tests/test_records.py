@@ -1,6 +1,7 @@
 """Reading records: every known form, every mistake named by its line, nothing lost; the split."""
 
 import json
+import random
 
 import pandas
 import pytest
@@ -228,6 +229,23 @@ def test_equal_questions_stay_on_one_side():
     training, heldout = split(records, 0.1)
     normal = [{r.messages[0]["content"].lower().strip("?") for r in part} for part in (training, heldout)]
     assert heldout and not normal[0] & normal[1]
+
+
+WORDS = [f"word{n}" for n in range(20)]
+
+
+def test_near_duplicates_stay_on_one_side():
+    chance = random.Random(0)
+    told = [" ".join(chance.choices(WORDS, k=20)) for _ in range(200)]
+    records = questions(*(f"Tell me of {text}." for text in told), *(f"Please say: {text}." for text in told))
+    parts = split(records, 0.1)
+    sides = [{record.line % 200 for record in part} for part in parts]
+    assert 5 <= len(sides[1]) <= 40 and not sides[0] & sides[1]
+
+
+def test_records_that_are_all_of_one_form_are_split_like_others():
+    records = questions(*(f"What does the shop at the corner of street {n} sell on Sundays?" for n in range(2000)))
+    assert 60 <= len(split(records, 0.05)[1]) <= 140
 
 
 def test_texts_are_split_too_and_equal_ones_stay_on_one_side():

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dolly import trainer
 from dolly.config import TrainConfig
+from dolly.distributed import Alone
 from dolly.errors import UserError
 from dolly.packing import Document, collate, pack
 
@@ -81,8 +82,9 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(family):
 
 def test_the_heldout_loss_is_the_mean_over_answer_tokens_by_category():
     model, made = model_of("llama").eval(), documents(15)
-    alone = Accelerator(cpu=True)
-    losses = trainer.heldout_loss(lambda batch: trainer.batch_loss(model, batch, alone), made, 32, 2, 0, alone)
+    alone = Alone(torch.device("cpu"), "float32")
+    sums = trainer.document_losses(lambda batch: trainer.batch_loss(model, batch, alone), made, 32, 2, 0, alone)
+    losses = trainer.by_category(sums, made)
     for category in (None, "a", "b"):
         chosen = [d for d in made if category in (None, d.category)]
         mean = sum(plain_loss(model, d).item() for d in chosen) / sum(d.answer_tokens() for d in chosen)
@@ -95,7 +97,7 @@ def test_training_lowers_the_loss_and_keeps_its_history():
     assert history.heldout[-1] < history.heldout[0] - 0.5
     assert len(history.heldout) == 1 + CONFIG.evaluations
     assert history.tokens == 20 * sum(len(d.ids) for d in made[:30])
-    assert set(history.heldout_by_category) == {"a", "b"}
+    assert {name: len(losses) for name, losses in history.heldout_by_category.items()} == dict.fromkeys("ab", 5)
     steps = [row["step"] for row in history.rows]
     assert steps == sorted(steps) and steps[-1] == history.steps
 
