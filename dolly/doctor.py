@@ -7,17 +7,19 @@ The file is read once, in order; of each record a few numbers are kept, so a mil
 import itertools
 import re
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from dolly.errors import UserError
 from dolly.language import language
 from dolly.prompt import CONTROL_TOKENS
 from dolly.records import Problem, Record, empty, first_prompt, iterate, whole_text
 from dolly.similar import Sketches, groups
 
 TOGETHER = 4096  # records that are worked on at once
+SIZES = (512, 1024, 2048, 4096)  # tokens of rows for which it is told how many records would not fit
+FRAME = 128  # tokens of the prompt around the texts, at most
 EXAMPLES = 50  # of a kind whose text is kept
 MONOTONOUS, FEW = 0.02, 100  # share of the records with the same first four words; records of which no share is told
 MINORITY = 0.1  # a language with a smaller share is told by line
@@ -92,36 +94,44 @@ def examine(
     may be in this one; seen: is told from time to time how many records have been read. Raises `UserError` as
     `records.read_records` does.
     """
+    others = [item for item in iterate(against) if isinstance(item, Record)] if against is not None else None
     result = Examination(source, length=length)
     sketches, lines, exact, prompts = Sketches(), array("q"), array("q"), array("q")
     languages: list[str | None] = []
     openings: Counter[str] = Counter()
     items = iterate(source)
-    while part := list(itertools.islice(items, TOGETHER)):
-        readable = []
-        for item in part:
-            if isinstance(item, Problem):
-                result.add("empty" if item.what.endswith("is empty") else "unreadable", item.line, item.what)
-            else:
-                readable.append(item)
-        for record in readable:
-            text = whole_text(record)
-            for kind, detail in faults(record, text):
-                result.add(kind, record.line, detail)
-            languages.append(language(text))
-            lines.append(record.line)
-            exact.append(hash(text))
-            prompts.append(hash(first_prompt(record)))
-            openings[" ".join(first_prompt(record)[:200].lower().split()[:4])] += 1
-            _count(result, record)
-        sketches.add(map(whole_text, readable))
-        if tokens_of:
-            _measure(result, readable, tokens_of)
-        result.records += len(readable)
-        seen(result.records)
+    measured: deque[tuple[list[Record], Future]] = deque()
+    with ThreadPoolExecutor(1) as aside:  # tokenizers leave Python's lock to others
+        while part := list(itertools.islice(items, TOGETHER)):
+            readable = []
+            for item in part:
+                if isinstance(item, Problem):
+                    result.add("empty" if item.what.endswith("is empty") else "unreadable", item.line, item.what)
+                else:
+                    readable.append(item)
+            if tokens_of:
+                long = [record for record in readable if may_exceed(record, min(*SIZES, length))]
+                measured.append((long, aside.submit(tokens_of, long)))
+            for record in readable:
+                text = whole_text(record)
+                for kind, detail in faults(record, text):
+                    result.add(kind, record.line, detail)
+                languages.append(language(text))
+                lines.append(record.line)
+                exact.append(hash(text))
+                prompts.append(hash(first_prompt(record)))
+                openings[" ".join(first_prompt(record)[:200].lower().split()[:4])] += 1
+                _count(result, record)
+            sketches.add(map(whole_text, readable))
+            result.records += len(readable)
+            seen(result.records)
+            while len(measured) > 2:
+                _measure(result, *measured.popleft())
+        for records, counts in measured:
+            _measure(result, records, counts)
     if not result.records and not result.found["unreadable"] + result.found["empty"]:
         raise empty(source)
-    _alike(result, sketches, lines, exact, prompts, against)
+    _alike(result, sketches, lines, exact, prompts, others)
     _foreign(result, lines, languages)
     if result.records >= FEW:
         common = (pair for pair in openings.most_common(50) if pair[1] > MONOTONOUS * result.records)
@@ -272,17 +282,19 @@ def _count(result: Examination, record: Record) -> None:
         result.answer_words.append(len(record.text.split()))
 
 
-def _measure(result: Examination, records: list[Record], tokens_of: Callable[[list[Record]], list[int]]) -> None:
-    """Counts the tokens of what may be too long: no tokenizer makes more of a text than it has bytes.
+def may_exceed(record: Record, size: int) -> bool:
+    """Whether a record may have more tokens: no tokenizer makes more of a text than it has bytes.
 
     Texts are cut into rows when they are trained on, so none is too long.
     """
-    sizes = sorted({512, 1024, 2048, 4096, result.length})
-    kept = 64  # tokens of the prompt around the texts, at most
-    long = [r for r in records if r.text is None and len(whole_text(r).encode(errors="replace")) + kept > sizes[0]]
+    return record.text is None and len(whole_text(record).encode(errors="replace")) + FRAME > size
+
+
+def _measure(result: Examination, records: list[Record], counts: Future) -> None:
+    sizes = {*SIZES, result.length}
     for size in sizes:
         result.over.setdefault(size, 0)
-    for record, count in zip(long, tokens_of(long), strict=True):
+    for record, count in zip(records, counts.result(), strict=True):
         for size in sizes:
             result.over[size] += count > size
         if count > result.length:
@@ -290,15 +302,14 @@ def _measure(result: Examination, records: list[Record], tokens_of: Callable[[li
 
 
 def _alike(
-    result: Examination, sketches: Sketches, lines: array, exact: array, prompts: array, against: str | None
+    result: Examination, sketches: Sketches, lines: array, exact: array, prompts: array, others: list[Record] | None
 ) -> None:
     first: dict[int, int] = {}
     for line, text in zip(lines, exact, strict=True):
         if text in first:
             result.add("duplicate", line, f"as line {first[text]}")
         first.setdefault(text, line)
-    if against is not None:
-        others = [item for item in iterate(against) if isinstance(item, Record)]
+    if others is not None:
         sketches.add(map(whole_text, others))
         leaked = {hash(first_prompt(record)): record.line for record in others}
     pairs = sketches.pairs()
@@ -309,14 +320,14 @@ def _alike(
         if root in seen and line not in duplicates:
             result.add("near-duplicate", line, f"as line {seen[root]}")
         seen.setdefault(root, line)
-    if against is not None:
+    if others is not None:
         of_all = groups(len(lines) + len(others), pairs.tolist())
         near = {of_all[len(lines) + at]: record.line for at, record in enumerate(others)}
         for line, root, prompt in zip(lines, of_all, prompts, strict=False):
             if prompt in leaked:
-                result.add("leak", line, f"{against}, line {leaked[prompt]}, has the same prompt")
+                result.add("leak", line, f"line {leaked[prompt]} there has the same prompt")
             elif root in near:
-                result.add("leak", line, f"almost line {near[root]} of {against}")
+                result.add("leak", line, f"almost line {near[root]} there")
 
 
 def _foreign(result: Examination, lines: array, languages: list[str | None]) -> None:
@@ -326,11 +337,3 @@ def _foreign(result: Examination, lines: array, languages: list[str | None]) -> 
     for line, name in zip(lines, languages, strict=True):
         if name in rare:
             result.add("language", line, name)
-
-
-def check_source(source: str) -> None:
-    """Raises `UserError` for the validation file of `examine` before an hour is spent on the other."""
-    for item in iterate(source):
-        if isinstance(item, Record):
-            return
-    raise UserError(f"{source} has no record that can be read.")
