@@ -33,7 +33,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-def chat(model: str, judged: Path | None):
+def chat(model: str, judged: Path | None = None):
     """The page that talks to `model`, or says why it cannot."""
     examples = yaml.safe_load(EXAMPLES.read_text(encoding="utf-8"))["categories"]
     try:

@@ -55,9 +55,10 @@ exit codes: 0 pushed;  2 nothing was sent, the message says what to mend;  3 bro
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    curve = "--learning-curve" in argv
+    parser = _parser(curve)
     options, settings = parser.parse_known_args(argv)
-    curve = getattr(options, "learning_curve", False)
     if settings and not curve:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     options.settings = settings
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         options.run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(curve: bool) -> argparse.ArgumentParser:
+    """curve: `evaluate` takes no MODEL, and what it does not know are settings of train.py."""
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(prog="python -m dolly", description=DESCRIPTION, epilog=EXAMPLES, **layout)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -84,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "Measures a fine-tuned model beside its base, or tells whether more records would help."
     command = commands.add_parser("evaluate", help=about, description=about, epilog=EVALUATE_EXAMPLES, **layout)
-    command.add_argument("model", metavar="MODEL", nargs="?", help="folder that train.py wrote, or an id on the Hub")
+    if not curve:
+        command.add_argument("model", metavar="MODEL", help="folder that train.py wrote, or an id on the Hub")
     command.add_argument("--base", help="what it was made of: measured on the same, for comparison")
     command.add_argument("--data", help="records, of which the held-out part is measured (default: the model's own)")
     command.add_argument("--whole", action="store_true", help="measure on all records of --data")
@@ -94,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--learning-curve", action="store_true", help="fine-tune on 10, 30 and 100 %% of the records")
     command.add_argument("--json", metavar="PATH", help="write the measures there")
     command.add_argument("--report", metavar="PATH", help="write the report there, in Markdown")
-    command.set_defaults(run=_evaluate)
+    command.set_defaults(run=_learning_curve if curve else _evaluate)
 
     about = "Shows what visitors of the chat judged, one by one, and adds what you accept to the records."
     command = commands.add_parser("review", help=about, description=about, **layout)
@@ -150,11 +153,6 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if options.learning_curve:
-        _learning_curve(options)
-        return
-    if not options.model:
-        raise UserError("Which model? Give the folder that train.py wrote, or an id on the Hub.")
     from transformers.utils import logging
 
     from dolly import evaluate

@@ -13,13 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from dolly.language import language
-from dolly.prompt import CONTROL_TOKENS
+from dolly.prompt import CONTROL_TOKENS, instruction_of
 from dolly.records import Problem, Record, empty, first_prompt, iterate, whole_text
-from dolly.similar import Sketches, groups
+from dolly.similar import SAME, Sketches, groups
 
 TOGETHER = 4096  # records that are worked on at once
 SIZES = (512, 1024, 2048, 4096)  # tokens of rows for which it is told how many records would not fit
 FRAME = 128  # tokens of the prompt around the texts, at most
+SHOWN = 70  # characters of a prompt
 EXAMPLES = 50  # of a kind whose text is kept
 MONOTONOUS, FEW = 0.02, 100  # share of the records with the same first four words; records of which no share is told
 MINORITY = 0.1  # a language with a smaller share is told by line
@@ -96,9 +97,12 @@ def examine(
     """
     others = [item for item in iterate(against) if isinstance(item, Record)] if against is not None else None
     result = Examination(source, length=length)
-    sketches, lines, exact, prompts = Sketches(), array("q"), array("q"), array("q")
+    # Of all that a record says, and without contexts: several questions about one text are not duplicates.
+    sketches = (Sketches(), Sketches())
+    lines, exact, prompts = array("q"), array("q"), array("q")
     languages: list[str | None] = []
     openings: Counter[str] = Counter()
+    shown: list[str] = []  # the beginnings of the prompts, to tell of duplicates
     items = iterate(source)
     measured: deque[tuple[list[Record], Future]] = deque()
     with ThreadPoolExecutor(1) as aside:  # tokenizers leave Python's lock to others
@@ -121,8 +125,9 @@ def examine(
                 exact.append(hash(text))
                 prompts.append(hash(first_prompt(record)))
                 openings[" ".join(first_prompt(record)[:200].lower().split()[:4])] += 1
+                shown.append(shortened(first_prompt(record), SHOWN))
                 _count(result, record)
-            sketches.add(map(whole_text, readable))
+            _sketch(sketches, readable)
             result.records += len(readable)
             seen(result.records)
             while len(measured) > 2:
@@ -131,7 +136,7 @@ def examine(
             _measure(result, records, counts)
     if not result.records and not result.found["unreadable"] + result.found["empty"]:
         raise empty(source)
-    _alike(result, sketches, lines, exact, prompts, others)
+    _alike(result, sketches, lines, exact, prompts, shown, others)
     _foreign(result, lines, languages)
     if result.records >= FEW:
         common = (pair for pair in openings.most_common(50) if pair[1] > MONOTONOUS * result.records)
@@ -301,24 +306,36 @@ def _measure(result: Examination, records: list[Record], counts: Future) -> None
             result.add("too long", record.line, f"{count:,} tokens: {shortened(first_prompt(record))}")
 
 
+def _sketch(sketches: tuple[Sketches, Sketches], records: list[Record]) -> None:
+    sketches[0].add(map(whole_text, records))
+    sketches[1].add(r.text or "\n".join(instruction_of(message["content"]) for message in r.messages) for r in records)
+
+
 def _alike(
-    result: Examination, sketches: Sketches, lines: array, exact: array, prompts: array, others: list[Record] | None
+    result: Examination,
+    sketches: tuple[Sketches, Sketches],
+    lines: array,
+    exact: array,
+    prompts: array,
+    shown: list[str],
+    others: list[Record] | None,
 ) -> None:
     first: dict[int, int] = {}
-    for line, text in zip(lines, exact, strict=True):
+    for line, text, prompt in zip(lines, exact, shown, strict=True):
         if text in first:
-            result.add("duplicate", line, f"as line {first[text]}")
+            result.add("duplicate", line, f"as line {first[text]}: {prompt}")
         first.setdefault(text, line)
     if others is not None:
-        sketches.add(map(whole_text, others))
+        _sketch(sketches, others)
         leaked = {hash(first_prompt(record)): record.line for record in others}
-    pairs = sketches.pairs()
+    pairs = sketches[0].pairs()
+    pairs = pairs[sketches[1].similarities(pairs) > SAME]
     roots = groups(len(lines), ((a, b) for a, b in pairs.tolist() if b < len(lines)))
     seen: dict[int, int] = {}
     duplicates = set(result.found["duplicate"])
-    for line, root in zip(lines, roots, strict=True):
+    for line, root, prompt in zip(lines, roots, shown, strict=True):
         if root in seen and line not in duplicates:
-            result.add("near-duplicate", line, f"as line {seen[root]}")
+            result.add("near-duplicate", line, f"as line {seen[root]}: {prompt}")
         seen.setdefault(root, line)
     if others is not None:
         of_all = groups(len(lines) + len(others), pairs.tolist())

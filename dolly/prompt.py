@@ -31,6 +31,7 @@ from dolly.errors import UserError
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 INSTRUCTION, RESPONSE, END = "### Instruction:", "### Response:\n", "### End"
 CONTROL_TOKENS = (INSTRUCTION, RESPONSE, END)
+INPUT = "\n\nInput:\n"  # between an instruction and its context
 TOGETHER = 2**20  # characters that the tokenizer gets at once; it needs 150 bytes for each
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -62,7 +63,12 @@ CHAT_TEMPLATE = """\
 
 def user_text(instruction: str, context: str = "") -> str:
     """An instruction and its context as one user turn."""
-    return f"{instruction.strip()}\n\nInput:\n{context.strip()}" if context.strip() else instruction.strip()
+    return f"{instruction.strip()}{INPUT}{context.strip()}" if context.strip() else instruction.strip()
+
+
+def instruction_of(turn: str) -> str:
+    """A user turn without its context."""
+    return turn.split(INPUT, 1)[0]
 
 
 def dolly_tokenizer(base: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:

@@ -61,6 +61,14 @@ class Sketches:
         self.shingles.append(shingles.astype(np.uint32))
         self.minima.append(minima)
 
+    def similarities(self, pairs: np.ndarray) -> np.ndarray:
+        """The Jaccard similarities of pairs of texts, [pairs, 2] -> [pairs]."""
+        if not len(pairs):
+            return np.empty(0)
+        lengths, shingles = np.concatenate(self.lengths), np.concatenate(self.shingles)
+        starts = lengths.cumsum() - lengths
+        return np.concatenate([_jaccard(a, b, shingles, starts, lengths) for a, b in _parts(pairs, 2**12)])
+
     def pairs(self) -> np.ndarray:
         """Near-duplicates as pairs of indices of texts, [pairs, 2], each of the lower and the higher one.
 

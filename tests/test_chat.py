@@ -14,7 +14,7 @@ from gradio_client.exceptions import AppError
 from playwright.sync_api import expect
 
 from app import chat
-from dolly import texts
+from dolly import feedback, texts
 from dolly.chat import LOOK, build, endpoint, messages
 from dolly.engine import Engine, Sampling
 from dolly.errors import UserError
@@ -404,3 +404,37 @@ def test_every_language_says_everything_with_the_same_values():
         "en",
         "en",
     ]
+
+
+@in_browser
+def test_visitors_rate_and_correct_answers_where_the_owner_keeps_them(package, engine, visit, tmp_path):
+    kept = tmp_path / "feedback.jsonl"
+    with app("--model", package, "--feedback", kept) as address:
+        page = visit(address)
+        ask(page, FIRST)
+        first = expected(engine, FIRST)
+        expect(answered(page)).to_have_text(first)
+        button(page, "Like").click()
+        expect(page.locator("#status")).to_contain_text("Your judgement is kept")
+        button(page, "Dislike").click()
+        button(page, "Edit").last.click()
+        page.locator("#conversation textarea").fill("A better answer.")
+        button(page, "Submit").click()
+        expect(page.locator(SAID).last).to_have_text("A better answer.")
+        deadline = time.monotonic() + 10
+        while len(found := feedback.read(kept)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        page.context.close()  # before the app ends, which the page would complain of
+    assert [(each.rating, each.correction) for each in found] == [
+        ("good", None), ("bad", None), (None, "A better answer."),
+    ]  # fmt: skip
+    assert all(each.messages == turns(FIRST, first) and each.model == str(package) for each in found)
+
+
+@in_browser
+def test_a_page_that_keeps_nothing_has_no_buttons_for_it(addresses, engine, visit):
+    page = visit(addresses[0])
+    ask(page, FIRST)
+    expect(answered(page)).to_have_text(expected(engine, FIRST))
+    expect(button(page, "Like")).to_have_count(0)
+    expect(button(page, "Edit")).to_have_count(1)

@@ -85,7 +85,7 @@ def test_what_cannot_be_measured_is_told(trained, tmp_path):
     with pytest.raises(UserError, match="--whole"):
         evaluate.evaluate(str(trained / "model"), data=str(tmp_path / "one.jsonl"))
     for arguments, told in (
-        ([], "Which model?"), (["models/nowhere"], "There is no folder"), (["m", "--epochs", "1"], "unrecognized"),
+        ([], "required: MODEL"), (["models/nowhere"], "There is no folder"), (["m", "--epochs", "1"], "unrecognized"),
         ([trained / "model", "--prompts", "none.txt"], "none.txt cannot be read"),
     ):  # fmt: skip
         done = run("-m", "dolly", "evaluate", *arguments)
