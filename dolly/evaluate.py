@@ -194,11 +194,18 @@ def harness(model: PreTrainedModel, tokenizer, tasks: list[str], chat: bool = Tr
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         raise UserError("--tasks needs lm-evaluation-harness: pip install lm_eval") from None
+
+    class Apart(HFLM):
+        """Prompt and answer are tokenised apart, as in training."""
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            return self.tok_encode(context), self.tok_encode(continuation.lstrip())
+
     sampling = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=sampling.eos_token_id, pad_token_id=sampling.pad_token_id)
     try:
         # A plain string would be put into the prompt by the tokenizer itself, options and all: no special tokens.
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, add_bos_token=False)
+        wrapped = (Apart if chat else HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=8, add_bos_token=False)
         found = simple_evaluate(
             model=wrapped, tasks=tasks, apply_chat_template=chat, gen_kwargs={"until": [END]} if chat else None,
             bootstrap_iters=1000,
