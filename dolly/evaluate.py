@@ -53,8 +53,9 @@ def evaluate(
     trained = settings_of(name)
     data = data or trained.get("data") or str(DATA / "instructions.jsonl")
     share = trained.get("validation") or TrainConfig.validation
-    records = [record for record in read_records(data)[0] if record.text is None]
-    training, heldout = ([], records) if whole else split(records, share)
+    records, _ = read_records(data)
+    parts = ([], records) if whole else split(records, share)
+    training, heldout = ([record for record in part if record.text is None] for part in parts)
     if not heldout:
         raise UserError(f"{data} has no record to measure on; with --whole all of them are.")
     length = min(tokenizer.model_max_length, models.row_length(name, None))
