@@ -112,8 +112,16 @@ def test_several_questions_about_one_text_are_no_duplicates(tmp_path):
     passage = "The lighthouse was built of granite in 1860 and is as high as a house of nine floors. " * 3
     rows = [
         {"instruction": "How high is it?", "context": passage, "response": "As high as a house of nine floors."},
-        {"instruction": "When was the tower of the lighthouse built, please?", "context": passage, "response": "It was built in 1860."},
-        {"instruction": "When was the tower of the lighthouse built?", "context": passage, "response": "It was built in 1860."},
+        {
+            "instruction": "When was the tower of the lighthouse built, please?",
+            "context": passage,
+            "response": "It was built in 1860.",
+        },
+        {
+            "instruction": "When was the tower of the lighthouse built?",
+            "context": passage,
+            "response": "It was built in 1860.",
+        },
     ]
     found = examine(write(tmp_path / "a.jsonl", rows))
     assert found.found["near-duplicate"] == [3]
