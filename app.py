@@ -44,8 +44,19 @@ def chat(model: str, judged: Path | None = None):
         return build(None, examples, str(error))
 
 
+def check_kept(judged: Path | None) -> Path | None:
+    """Raises `UserError` when the file for feedback cannot be written, before a visitor finds out."""
+    try:
+        if judged:
+            judged.open("a").close()
+    except OSError as error:
+        raise UserError(f"--feedback {judged} cannot be written ({error.strerror}).") from None
+    return judged
+
+
 options = arguments(None if __name__ == "__main__" else [])
-demo = chat(options.model, options.feedback)
+with told_plainly():
+    demo = chat(options.model, check_kept(options.feedback))
 
 if __name__ == "__main__":
     with told_plainly():

@@ -41,10 +41,10 @@ def main(argv: list[str]) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another, DeepSpeed's at every step
     model = starting_model(ready)
     defaults = models.generation_defaults(tokenizer, model, **sampling(config))
-    first = launch.is_first()
+    first, products = launch.is_first(), trainer.precision(config)
     before = models.answers(model, tokenizer, ready.prompts, defaults) if first else []
     texts = evaluate.plain_documents(config.base, ready.length) if first else []
-    plain = [evaluate.losses(model, texts, ready.length)["all"]] if first else []
+    plain = [evaluate.losses(model, texts, ready.length, products)["all"]] if first else []
     place = checkpoint.place_of(config.output)
     pad = tokenizer.pad_token_id or 0  # the base's own may have none, and then any will do
     history, model = trainer.train(model, ready.training, ready.heldout, ready.length, pad, config, place)
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         return  # the first process does the rest
 
     after = models.answers(model, tokenizer, ready.prompts, defaults)
-    plain.append(evaluate.losses(model, texts, ready.length)["all"])
+    plain.append(evaluate.losses(model, texts, ready.length, products)["all"])
     if config.lora_rank and config.merge:
         from dolly import adapters  # peft takes three seconds to import
 

@@ -56,11 +56,16 @@ exit codes: 0 pushed;  2 nothing was sent, the message says what to mend;  3 bro
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # of a terminal that has no letters beyond ASCII
     curve = "--learning-curve" in argv
     parser = _parser(curve)
     options, settings = parser.parse_known_args(argv)
     if settings and not curve:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    unfit = [name for name in ("tasks", "per_record", "whole", "prompts") if curve and getattr(options, name)]
+    if unfit:
+        parser.error(f"--learning-curve measures no --{unfit[0].replace('_', '-')}")
     options.settings = settings
     with told_plainly():
         options.run(options)
@@ -79,7 +84,9 @@ def _parser(curve: bool) -> argparse.ArgumentParser:
     command.add_argument(
         "--base", default=str(DATA / "base"), help="whose tokens are counted (default: the embedded base)"
     )
-    command.add_argument("--max-length", type=int, help="tokens of a row (default: the base's limit, at most 1024)")
+    command.add_argument(
+        "--max-length", type=_positive, help="tokens of a row (default: the base's limit, at most 1024)"
+    )
     command.add_argument("--json", metavar="PATH", help="write all findings there; - prints nothing else")
     command.add_argument("--html", metavar="PATH", help="write a report with plots there")
     command.set_defaults(run=_check)
@@ -116,10 +123,17 @@ def _parser(curve: bool) -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
 # Each command imports what it needs itself: --help must not wait seconds for torch.
 
 
 def _check(options: argparse.Namespace) -> None:
+    _check_writable(options.json, options.html)
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn
 
@@ -153,6 +167,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    _check_writable(options.json, options.report)
     from transformers.utils import logging
 
     from dolly import evaluate
@@ -175,6 +190,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _learning_curve(options: argparse.Namespace) -> None:
+    _check_writable(options.json, options.report)
     import tempfile
 
     from dolly import curve
@@ -182,7 +198,7 @@ def _learning_curve(options: argparse.Namespace) -> None:
 
     given = [*(["--base", options.base] if options.base else []), *(["--data", options.data] if options.data else [])]
     with tempfile.TemporaryDirectory() as folder:
-        ready = prepare([*options.settings, *given, "--output", f"{folder}/none"])
+        ready = prepare([*options.settings, *given, "--output", f"{folder}/none"], push=False)
     pad = ready.tokenizer.pad_token_id or 0
     if not ready.heldout:
         raise UserError(f"{ready.config.data} has too few records to hold some out.")
@@ -202,12 +218,19 @@ def _review(options: argparse.Namespace) -> None:
     print("\n" + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
+def _check_writable(*paths: str | None) -> None:
+    """Raises `UserError` before hours are spent on what cannot be written."""
+    for path in paths:
+        if path and path != "-" and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise UserError(f"{path} cannot be written: it is a folder, or its folder does not exist.")
+
+
 def _write(path: str | None, text: Callable[[], str]) -> None:
     if path == "-":
         sys.stdout.write(text())
     elif path:
         try:
-            Path(path).write_text(text(), encoding="utf-8")
+            Path(path).write_text(text(), encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}).") from None
 

@@ -170,17 +170,26 @@ def conversation(engine: Engine, examples: list[dict], judged: Path | None) -> N
 
     def edit(chat, edited: gr.EditData, request: gr.Request):
         if chat[edited.index]["role"] == "assistant":
-            judge(chat[: edited.index], edited.previous_value, correction=edited.value)
+            judge(chat[: edited.index], words(edited.previous_value), request, correction=words(edited.value))
             return gr.skip(), gr.skip(), gr.skip()
         return ask(chat[: edited.index], edited.value, request)
 
-    def judge(before, answer: str, **how):
+    def judge(before, answer: str, request: gr.Request, **how) -> str:
+        """Keeps what a visitor judged; gives what the line under the conversation says of it."""
         turns = [*messages(before, ""), {"role": "assistant", "content": answer}]
-        feedback.add(judged, feedback.Feedback(turns, model=engine.model.name_or_path, **how))
+        name = engine.model.name_or_path
+        name = Path(name).name if Path(name).is_dir() else name  # no path of this machine gets into data
+        try:
+            feedback.add(judged, feedback.Feedback(turns, model=name, **how))
+        except UserError as error:
+            return f"<p role=alert>{html.escape(str(error))}</p>"
+        return f"<p role=status>{texts.text('kept', texts.language(request.headers.get('accept-language', '')))}</p>"
 
     def rate(chat, liked: gr.LikeData, request: gr.Request):
-        judge(chat[: liked.index], words(chat[liked.index]["content"]), rating="good" if liked.liked else "bad")
-        return f"<p role=status>{texts.text('kept', texts.language(request.headers.get('accept-language', '')))}</p>"
+        if not isinstance(liked.liked, bool) or waiting.current(request.session_hash):  # taken back; still growing
+            return gr.skip()
+        answer = words(chat[liked.index]["content"])
+        return judge(chat[: liked.index], answer, request, rating="good" if liked.liked else "bad")
 
     def example(clicked: gr.EventData, request: gr.Request):
         return ask([], prompts[clicked.target], request)

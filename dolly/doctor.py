@@ -12,17 +12,31 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from dolly.errors import UserError
 from dolly.language import language
 from dolly.prompt import CONTROL_TOKENS, instruction_of
-from dolly.records import Problem, Record, empty, first_prompt, iterate, whole_text
+from dolly.records import (
+    Problem,
+    Record,
+    empty,
+    explain,
+    first_prompt,
+    iterate,
+    question,
+    read_records,
+    whole_text,
+)
 from dolly.similar import SAME, Sketches, groups
 
-TOGETHER = 4096  # records that are worked on at once
+TOGETHER, CHARACTERS = 4096, 2**23  # records that are worked on at once, and their characters
 SIZES = (512, 1024, 2048, 4096)  # tokens of rows for which it is told how many records would not fit
 FRAME = 128  # tokens of the prompt around the texts, at most
 SHOWN = 70  # characters of a prompt
 EXAMPLES = 50  # of a kind whose text is kept
-MONOTONOUS, FEW = 0.02, 100  # share of the records with the same first four words; records of which no share is told
+MONOTONOUS, MANY = 0.02, 10  # share of the records with the same first four words, and number, above which it is told
+FEW = 100  # records of which no share is told
 MINORITY = 0.1  # a language with a smaller share is told by line
 
 
@@ -39,8 +53,9 @@ KINDS = {
     "too long": Kind("error", "is longer than a row of tokens", "shorten it, or raise --max-length"),
     "leak": Kind("error", "is, nearly, also in the other file", "delete it here: the measure would flatter the model"),
     "duplicate": Kind("warning", "says the same as an earlier record", "delete all but one"),
-    "near-duplicate": Kind("warning", "is almost an earlier record", "rewrite it, or delete all but one"),
+    "near-duplicate": Kind("warning", "is almost an earlier record", "look at both: rewrite one, or delete it"),
     "cut off": Kind("warning", "has an answer that stops within a sentence", "complete the answer"),
+    "no full stop": Kind("warning", "has an answer whose last sentence has no end", "complete it, or end the sentence"),
     "echo": Kind("warning", "has an answer that repeats the prompt", "delete the repetition"),
     "control token": Kind(
         "warning", "spells a token that steers a model", "delete it: Dolly learns it as text, other trainers do not"
@@ -95,10 +110,14 @@ def examine(
     may be in this one; seen: is told from time to time how many records have been read. Raises `UserError` as
     `records.read_records` does.
     """
-    others = [item for item in iterate(against) if isinstance(item, Record)] if against is not None else None
+    others = None
+    if against is not None:
+        others, broken = read_records(against)
+        if broken:
+            remedy = "Mend them: a record that cannot be read cannot be told from one that is here too."
+            raise UserError(explain(broken, against, len(others) + len(broken), remedy))
     result = Examination(source, length=length)
-    # Of all that a record says, and without contexts: several questions about one text are not duplicates.
-    sketches = (Sketches(), Sketches())
+    sketches = Sketches(), Sketches(minima=False), Sketches(minima=False)  # of all, of the contexts, of the answers
     lines, exact, prompts = array("q"), array("q"), array("q")
     languages: list[str | None] = []
     openings: Counter[str] = Counter()
@@ -106,7 +125,7 @@ def examine(
     items = iterate(source)
     measured: deque[tuple[list[Record], Future]] = deque()
     with ThreadPoolExecutor(1) as aside:  # tokenizers leave Python's lock to others
-        while part := list(itertools.islice(items, TOGETHER)):
+        while part := _part(items):
             readable = []
             for item in part:
                 if isinstance(item, Problem):
@@ -118,12 +137,12 @@ def examine(
                 measured.append((long, aside.submit(tokens_of, long)))
             for record in readable:
                 text = whole_text(record)
-                for kind, detail in faults(record, text):
+                for kind, detail in dict(faults(record, text)).items():  # one of a kind
                     result.add(kind, record.line, detail)
                 languages.append(language(text))
                 lines.append(record.line)
                 exact.append(hash(text))
-                prompts.append(hash(first_prompt(record)))
+                prompts.append(hash(question(record)))
                 openings[" ".join(first_prompt(record)[:200].lower().split()[:4])] += 1
                 shown.append(shortened(first_prompt(record), SHOWN))
                 _count(result, record)
@@ -139,8 +158,8 @@ def examine(
     _alike(result, sketches, lines, exact, prompts, shown, others)
     _foreign(result, lines, languages)
     if result.records >= FEW:
-        common = (pair for pair in openings.most_common(50) if pair[1] > MONOTONOUS * result.records)
-        result.monotony = dict(common)
+        most = max(MANY, MONOTONOUS * result.records)
+        result.monotony = {words: count for words, count in openings.most_common(50) if count > most}
     for kind in result.found:
         result.found[kind].sort()
     return result
@@ -153,7 +172,10 @@ CONTROL = re.compile(
     "|".join(re.escape(token.strip()) for token in CONTROL_TOKENS)
     + r"|<\|[\w ]{2,30}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
 )
-EMAIL = re.compile(r"[\w.+-]+@(?!example\.)[\w-]+\.(?!example\b)\w[\w.-]*\w")  # RFC 2606 keeps these names free
+# At most 64 characters before the sign (RFC 5321), so that a long run of letters is not tried from each of them.
+EMAIL = re.compile(
+    r"(?<![\w.+-])(?!git@)[\w.+-]{1,64}@(?!example\.)[\w-]+\.(?!example\b)(?:[\w-]+\.)*[A-Za-z]{2,}\b(?![(.]\w|\()"
+)
 # With a country's code, an area code in brackets or before a dash, or a leading 0. 555-01.. belongs to films.
 PHONE = re.compile(
     r"(?<![\w.,:/$€£#=+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}"
@@ -164,19 +186,19 @@ DIGITS = re.compile(r"\d[\d ().-]{6,}\d")
 INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ue000-\uf8ff\ufffd]")
 ENCODING = re.compile(
     "ï»¿|â€|Â[\u00a0-\u00bf]"
-    "|Ã[\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u2018-\u203a\u20ac\u2122]"
+    "|(?<![A-Z])Ã[\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u2018-\u203a\u20ac\u2122]"
     "|&(?:amp|lt|gt|quot|nbsp|apos|#x?[0-9a-fA-F]{1,6});"
 )
 LEFTOVER = re.compile(
-    r"(?<=[a-z.,;:)\"”’])\[\d{1,3}\](?=[\s.,;]|$)"
+    r"(?<=[.,;:)\"”’])\[\d{1,3}\](?=\s|$)"
     r"|\[(?:edit|citation needed|clarification needed|who\?|when\?)\]"
     r"|</?(?:p|br|div|span|b|i|a|li|ul|td|tr|h\d)(?: [^<>\n]*)?/?>"
     r"|\b[Aa]s an AI\b|\bAI language model\b|\bI am an AI\b|\bmy knowledge cutoff\b|\b[Cc]lick here\b"
 )
 PLACEHOLDER = re.compile(
-    r"\[(?:(?:your|my|insert|add|enter)\b[^\]\n]{0,40}|(?:the )?(?:\w+ )?(?:name|date|company|recipient|address|city"
-    r"|title|product|number|time|place|location|topic|link|url))\](?!\()|<(?:your|insert|name)\b[^<>\n]{0,30}>"
-    r"|\blorem ipsum\b|\bX{3,}\b",
+    r"(?<![\w\]])\[(?:(?:your|my|insert|add|enter)\b[^\]\n]{0,40}|(?:the )?(?:\w+ )?(?:name|date|company|recipient"
+    r"|address|city|title|product|number|time|place|location|topic|link|url))\](?!\()|<(?:your|insert)\b[^<>\n]{0,30}>"
+    r"|\blorem ipsum\b|\bX{4,}\b",
     re.I,
 )
 # What a text holds if a pattern is in it: to look for these first takes a tenth of the time.
@@ -185,16 +207,20 @@ SEARCHED = (
     ("encoding", ENCODING, ("&", "Ã", "Â", "â€", "ï»¿")),
     ("leftover", LEFTOVER, ("[", "<", " AI", "lick here", "knowledge cutoff")),
 )
-GAPS = ("[", "<", "XXX", "xxx", "orem")
+GAPS = ("[", "<", "XXXX", "xxxx", "orem")
+CODED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.S)
+CODE = set("=+({;`")  # signs of a line that is no prose
 SENTENCE = re.compile(r"[.!?][\"')\]”’]?\s")
 # Words that no sentence ends in, or a sign that goes on.
-GOES_ON = re.compile(r"(?:\b(?:and|or|the|a|an|because|your|their|my|our|whose|und|oder|et|ou|y|o)|[,(–-])$")
+GOES_ON = re.compile(r"(?:\b(?:and|or|the|an|because|your|their|my|our|whose|und|oder|et|ou)|[,(–-])$")
 AFTER_ANOTHER, ON_ITS_LINE = 6, 12  # words of a sentence without an end; fewer may be a signature
 LIST_ITEM = re.compile(r"\s*(?:[-*•#+>|@]|\w{1,3}[.):]|.{1,40}:|https?://)")
 
 
 def faults(record: Record, text: str) -> Iterator[tuple[str, str]]:
     """The kinds of faults of a record and where each shows; text: `whole_text` of it."""
+    if "`" in text:
+        text = CODED.sub(" ", text)
     for kind, pattern, signs in SEARCHED:
         if any(sign in text for sign in signs) and (match := pattern.search(text)):
             yield kind, around(text, match)
@@ -203,12 +229,12 @@ def faults(record: Record, text: str) -> Iterator[tuple[str, str]]:
     if match := _personal(text):
         yield "personal data", around(text, match)
     for prompt, answer in exchanges(record):
-        if any(sign in answer for sign in GAPS) and (match := PLACEHOLDER.search(answer)):
-            yield "placeholder", around(answer, match)
+        if any(sign in answer for sign in GAPS) and (match := PLACEHOLDER.search(CODED.sub(" ", answer))):
+            yield "placeholder", around(match.string, match)
         if repeats(prompt, answer):
             yield "echo", shortened(answer)
-        if looks_cut(answer):
-            yield "cut off", "..." + " ".join(answer[-80:].split())
+        if looks_cut(answer) or lacks_end(answer):
+            yield "cut off" if looks_cut(answer) else "no full stop", "..." + shortened(answer[-80:])
 
 
 def exchanges(record: Record) -> Iterator[tuple[str, str]]:
@@ -224,7 +250,7 @@ def _personal(text: str) -> re.Match | None:
         return None
     for match in PHONE.finditer(text):
         digits = re.sub(r"\D", "", match[0])
-        if 9 <= len(digits) <= 15 and "55501" not in digits:
+        if 9 <= len(digits) <= 15 and "55501" not in digits and set(digits) - set("01"):
             return match
     return next((match for match in CARD.finditer(text) if _luhn(re.sub(r"\D", "", match[0]))), None)
 
@@ -238,6 +264,8 @@ def _luhn(digits: str) -> bool:
 def repeats(prompt: str, answer: str) -> bool:
     """Whether an answer begins with the first line of the prompt, of five words at least, or is the prompt."""
     first = _plain(prompt.lstrip().split("\n", 1)[0])
+    if not first:
+        return False
     begins = _plain(answer[: 2 * len(first) + 20]) + " "
     return begins.startswith(first + " ") and (first.count(" ") >= 4 or _plain(answer) == _plain(prompt))
 
@@ -247,15 +275,16 @@ def _plain(text: str) -> str:
 
 
 def looks_cut(answer: str) -> bool:
-    """Whether an answer seems to stop in the middle: a fence left open, a word that goes on, sentences before and none
-    at the end. Signatures, lists, hashtags and answers of one line without any full stop end as they do.
-    """
+    """Whether an answer stops in the middle: a fence of code left open, or a word or sign that goes on."""
     answer = answer.rstrip()
-    if answer.count("```") % 2:
-        return True
     last = answer.rsplit("\n", 1)[-1]
-    if len(last.split()) >= 4 and GOES_ON.search(last):
-        return True
+    return bool(answer.count("```") % 2 or (len(last.split()) >= 4 and GOES_ON.search(last) and not set(last) & CODE))
+
+
+def lacks_end(answer: str) -> bool:
+    """Whether the last sentence of several has no full stop. Signatures, lists and hashtags need none."""
+    answer = answer.rstrip()
+    last = answer.rsplit("\n", 1)[-1]
     *before, rest = SENTENCE.split(last)
     goes_on = len(rest.split()) >= (AFTER_ANOTHER if before else ON_ITS_LINE) and rest[-1].isalnum()
     return goes_on and not LIST_ITEM.match(last) and bool(SENTENCE.search(answer)) and "#" not in rest.split()[-1]
@@ -263,12 +292,16 @@ def looks_cut(answer: str) -> bool:
 
 def around(text: str, match: re.Match, width: int = 30) -> str:
     start, end = max(0, match.start() - width), match.end() + width
-    shown = text[start:end].encode(errors="backslashreplace").decode()
-    return "..." * (start > 0) + " ".join(shown.split()) + "..." * (end < len(text))
+    return "..." * (start > 0) + printable(text[start:end]) + "..." * (end < len(text))
+
+
+def printable(text: str) -> str:
+    """One line without anything that a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\ufffd" else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
 
 
 def shortened(text: str, length: int = 100) -> str:
-    text = " ".join(text[: 4 * length].split())
+    text = printable(text[: 4 * length])
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
@@ -306,14 +339,26 @@ def _measure(result: Examination, records: list[Record], counts: Future) -> None
             result.add("too long", record.line, f"{count:,} tokens: {shortened(first_prompt(record))}")
 
 
-def _sketch(sketches: tuple[Sketches, Sketches], records: list[Record]) -> None:
+def _part(items: Iterator[Record | Problem]) -> list[Record | Problem]:
+    part, size = [], 0
+    for item in itertools.islice(items, TOGETHER):
+        part.append(item)
+        size += len(whole_text(item)) if isinstance(item, Record) else 0
+        if size > CHARACTERS:
+            break
+    return part
+
+
+def _sketch(sketches: tuple[Sketches, ...], records: list[Record]) -> None:
     sketches[0].add(map(whole_text, records))
-    sketches[1].add(r.text or "\n".join(instruction_of(message["content"]) for message in r.messages) for r in records)
+    turns = [[m["content"] for m in record.messages if m["role"] != "assistant"] for record in records]
+    sketches[1].add("\n".join(turn.removeprefix(instruction_of(turn)) for turn in each) for each in turns)
+    sketches[2].add(r.text or "\n".join(m["content"] for m in r.messages if m["role"] == "assistant") for r in records)
 
 
 def _alike(
     result: Examination,
-    sketches: tuple[Sketches, Sketches],
+    sketches: tuple[Sketches, ...],
     lines: array,
     exact: array,
     prompts: array,
@@ -327,9 +372,13 @@ def _alike(
         first.setdefault(text, line)
     if others is not None:
         _sketch(sketches, others)
-        leaked = {hash(first_prompt(record)): record.line for record in others}
-    pairs = sketches[0].pairs()
-    pairs = pairs[sketches[1].similarities(pairs) > SAME]
+        leaked = {hash(question(record)): record.line for record in others}
+
+    def same(pairs: np.ndarray) -> np.ndarray:
+        """Neither several questions about one text nor one question about several texts are duplicates."""
+        return (sketches[1].similarities(pairs) > SAME) & (sketches[2].similarities(pairs) > SAME)
+
+    pairs = sketches[0].pairs(same)
     roots = groups(len(lines), ((a, b) for a, b in pairs.tolist() if b < len(lines)))
     seen: dict[int, int] = {}
     duplicates = set(result.found["duplicate"])
@@ -350,7 +399,9 @@ def _alike(
 def _foreign(result: Examination, lines: array, languages: list[str | None]) -> None:
     result.languages.update(name or "undecided" for name in languages)
     known = Counter(name for name in languages if name)
-    rare = {name for name, count in known.items() if count < MINORITY * known.total()}
+    rare = set()
+    if 2 * max(known.values(), default=0) > known.total():
+        rare = {name for name, count in known.items() if count < MINORITY * known.total()}
     for line, name in zip(lines, languages, strict=True):
         if name in rare:
             result.add("language", line, name)

@@ -63,7 +63,8 @@ def verdict(found: Examination) -> str:
 
 def print_report(found: Examination, console: Console) -> None:
     conversations = f", {found.conversations:,} of them conversations" if found.conversations else ""
-    console.print(f"\n[bold]{escape(found.source)}[/]: {found.records:,} records{conversations}; {verdict(found)}\n")
+    count = f"{found.records:,} record{'s' * (found.records != 1)}{conversations}"
+    console.print(f"\n[bold]{escape(found.source)}[/]: {count}; {verdict(found)}\n")
     for kind, lines in found.found.items():
         if lines:
             about, count = KINDS[kind], f"{len(lines):>7,} record{'s' * (len(lines) > 1)}"

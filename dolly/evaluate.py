@@ -23,12 +23,13 @@ from dolly.errors import UserError
 from dolly.head import fused_head
 from dolly.model import Answer
 from dolly.packing import Document, tokenize
-from dolly.prompt import END
-from dolly.records import Record, first_prompt, read_records, split
+from dolly.prompt import END, bos_token
+from dolly.records import Record, first_prompt, read_records, split, spread
 from dolly.trainer import batch_loss, by_category, document_losses, precision
 
 DATA = Path(__file__).parent.parent / "data"
 MICRO_TOKENS = 4096  # of one forward pass
+LONGEST = 8192  # tokens of a row that a tokenizer's own limit is taken for
 ASKED = 32  # held-out records whose prompts are answered besides the fixed ones
 LOOP = 3  # times that an answer says the same four words
 LISTED = 30  # records of the highest loss that the report shows
@@ -49,41 +50,56 @@ def evaluate(
     held out from training is measured, or, with `whole`, all of it; prompts: to be answered, else those of
     `data/examples.yaml`; tasks: of lm_eval. Raises `UserError` for what cannot be read.
     """
-    model, tokenizer = models.load_package(name)
+    models.load_tokenizer(name)  # a name that is nowhere is told first
     trained = settings_of(name)
-    data = data or trained.get("data") or str(DATA / "instructions.jsonl")
-    share = trained.get("validation") or TrainConfig.validation
-    records, _ = read_records(data)
+    if not data and not trained:
+        raise UserError(
+            f"{name} does not tell what it was trained on: give --data, and --whole if it learned none of it."
+        )
+    data, share = data or trained["data"], trained.get("validation", TrainConfig.validation)
+    if not whole and share == 0:
+        raise UserError(f"{name} was trained on all of its records: measure it on others, --data FILE --whole.")
+    try:
+        records, _ = read_records(data)
+    except UserError as error:
+        raise UserError(f"{error}\nGive --data: {name} was trained on {trained.get('data')}.") from None
     parts = ([], records) if whole else split(records, share)
     training, heldout = ([record for record in part if record.text is None] for part in parts)
     if not heldout:
-        raise UserError(f"{data} has no record to measure on; with --whole all of them are.")
-    length = min(tokenizer.model_max_length, models.row_length(name, None))
+        rest = "" if whole else " that is held out from training; with --whole all of them are measured"
+        raise UserError(f"{data} has no record of an instruction and its answer{rest}.")
+    model, tokenizer = models.load_package(name)
+    if base:
+        check_made_of(name, tokenizer, base)
+    length = row_of(model, tokenizer)
     documents, too_long = tokenize(heldout, tokenizer, length)
     if not documents:
         raise UserError(f"Every record of {data} is longer than {length} tokens.")
     fixed = example_prompts() if prompts is None else prompts
+    if long := [p for p in fixed if len(tokenizer(p).input_ids) > length // 2]:
+        raise UserError(f"A prompt takes more than half of the {length} tokens that {name} sees: {long[0][:80]!r}")
     short = [p for p in map(first_prompt, heldout) if len(tokenizer(p).input_ids) <= length // 2]
-    asked = fixed + short[:ASKED]
+    asked = fixed + spread(short, ASKED)
+    products = precision(TrainConfig(base=base or name))
 
     defaults = model.generation_config
     result = {
-        "model": name, "base": base, "data": data, "records": len(documents), "too_long": len(too_long),
-        "loss": {"model": losses(model, documents, length)},
+        "model": name, "base": base, "data": data, "whole": whole, "records": len(documents), "too_long": len(too_long),
+        "loss": {"model": losses(model, documents, length, products)},
     }  # fmt: skip
     answered = models.answers(model, tokenizer, asked, defaults)
     result["answers"] = {"model": quality(answered)}
     if per_record:
-        result["highest_losses"] = highest(model, tokenizer, training or heldout, length)
+        result["highest_losses"] = highest(model, tokenizer, training or heldout, length, products)
     if tasks:
         result["tasks"] = {"model": harness(model, tokenizer, tasks)}
     if base:
         plain = plain_documents(base, length)
-        result["plain_text"] = {"model": losses(model, plain, length)["all"]}
+        result["plain_text"] = {"model": losses(model, plain, length, products)["all"]}
         del model
         model = instructed(base, tokenizer)
-        result["loss"]["base"] = losses(model, documents, length)
-        result["plain_text"]["base"] = losses(model, plain, length)["all"]
+        result["loss"]["base"] = losses(model, documents, length, products)
+        result["plain_text"]["base"] = losses(model, plain, length, products)["all"]
         before = models.answers(model, tokenizer, asked, defaults)
         result["answers"]["base"] = quality(before)
         if tasks:
@@ -97,8 +113,25 @@ def evaluate(
 
 def settings_of(name: str) -> dict:
     """The settings that a package in a folder was trained with; none where it does not hold them."""
-    path = Path(name, "train.yaml")
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        found = yaml.safe_load(Path(name, "train.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("data"), str) else {}
+
+
+def check_made_of(name: str, tokenizer: PreTrainedTokenizerFast, base: str) -> None:
+    """Raises `UserError` for a base whose tokens are others: the losses could not be compared."""
+    own = tokenizer.get_vocab()
+    if any(own.get(token) != number for token, number in models.load_tokenizer(base).get_vocab().items()):
+        raise UserError(f"{name} was not made of {base}: their tokenizers differ.")
+
+
+def row_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Tokens of a row: those that the model was trained with, where its tokenizer says so, or what it sees at once."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or models.ROW
+    length = min(tokenizer.model_max_length, window)
+    return length if length <= LONGEST else models.ROW
 
 
 def example_prompts() -> list[str]:
@@ -110,7 +143,8 @@ def instructed(base: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
     """The base as it is when fine-tuning begins: it can read the prompt, whose control tokens mean nothing to it."""
     model = models.load_base(base)
     models.add_control_tokens(model, models.load_tokenizer(base), tokenizer)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    cuda = torch.cuda.is_available()
+    return model.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32).eval()  # as `load_package`
 
 
 def plain_documents(base: str, length: int) -> list[Document]:
@@ -119,25 +153,26 @@ def plain_documents(base: str, length: int) -> list[Document]:
     return tokenize(read_records(str(DATA / "plain.jsonl"))[0], tokenizer, length, tokenizer)[0]
 
 
-def losses(model: PreTrainedModel, documents: list[Document], length: int) -> dict[str, float]:
-    """Mean loss of a learned token by category, and of `all`."""
-    measured = by_category(record_losses(model, documents, length), documents)
-    return {"all": measured.pop(None)} | {name or "(none)": loss for name, loss in measured.items()}
+def losses(model: PreTrainedModel, documents: list[Document], length: int, products: str) -> dict[str, float]:
+    """Mean loss of a learned token by category, after that of `all`. products: the precision of the matrix products."""
+    measured = by_category(record_losses(model, documents, length, products), documents)
+    names = {None: "all", "": "(none)", "all": "all (category)"}
+    return {names.get(name, name): loss for name, loss in measured.items()}
 
 
-def record_losses(model: PreTrainedModel, documents: list[Document], length: int) -> torch.Tensor:
+def record_losses(model: PreTrainedModel, documents: list[Document], length: int, products: str) -> torch.Tensor:
     """As `trainer.document_losses`, of a model that is not in training."""
-    alone = Alone(model.device, precision(TrainConfig()))
+    alone = Alone(model.device, products)
     rows = max(1, MICRO_TOKENS // length)
     with fused_head(model.eval()) as head, documents_apart(model) as apart:
         losses_of = partial(batch_loss, model, accelerator=alone, head=head, documents=apart)
         return document_losses(losses_of, documents, length, rows, 0, alone)
 
 
-def highest(model: PreTrainedModel, tokenizer, records: list[Record], length: int) -> list[dict]:
+def highest(model: PreTrainedModel, tokenizer, records: list[Record], length: int, products: str) -> list[dict]:
     """The records by their loss, the highest first: what a model that has learned them finds most surprising."""
     documents, _ = tokenize(records, tokenizer, length)
-    sums = record_losses(model, documents, length).tolist()
+    sums = record_losses(model, documents, length, products).tolist()
     by_line = {record.line: record for record in records}
     found = [
         {
@@ -157,14 +192,15 @@ def quality(answers: Iterable[Answer]) -> dict[str, float]:
     of different runs of n words among all, in the mean of the answers; the mean number of words.
     """
     answers = list(answers)
+    count = max(1, len(answers))
     words = [answer.text.lower().split() for answer in answers]
     filled = [each for each in words if each]
     return {
         "answers": len(answers),
-        "end_by_themselves": sum(answer.ended for answer in answers) / len(answers),
-        "loop": sum(loops(each) for each in words) / len(answers),
-        "empty": 1 - len(filled) / len(answers),
-        "words": sum(map(len, words)) / len(answers),
+        "end_by_themselves": sum(answer.ended for answer in answers) / count,
+        "loop": sum(loops(each) for each in words) / count,
+        "empty": (len(answers) - len(filled)) / count,
+        "words": sum(map(len, words)) / count,
     } | {f"distinct_{n}": sum(distinct(each, n) for each in filled) / max(1, len(filled)) for n in (1, 2, 3)}
 
 
@@ -206,7 +242,9 @@ def harness(model: PreTrainedModel, tokenizer, tasks: list[str], chat: bool = Tr
     model.generation_config = GenerationConfig(eos_token_id=sampling.eos_token_id, pad_token_id=sampling.pad_token_id)
     try:
         # A plain string would be put into the prompt by the tokenizer itself, options and all: no special tokens.
-        wrapped = (Apart if chat else HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=8, add_bos_token=False)
+        wrapped = (Apart if chat else HFLM)(
+            pretrained=model, tokenizer=tokenizer, batch_size=8, add_bos_token=not chat and bool(bos_token(tokenizer))
+        )
         found = simple_evaluate(
             model=wrapped, tasks=tasks, apply_chat_template=chat, gen_kwargs={"until": [END]} if chat else None,
             bootstrap_iters=1000,
@@ -226,11 +264,12 @@ def harness(model: PreTrainedModel, tokenizer, tasks: list[str], chat: bool = Tr
 
 def report(result: dict) -> str:
     """The measures as Markdown."""
+    kind = "records" if result["whole"] else "held-out records"
     columns = ["base", "model"] if result["base"] else ["model"]
     left_out = f"; {result['too_long']:,} were too long" if result["too_long"] else ""
     parts = [
         f"# {result['model']}" + (f", fine-tuned from {result['base']}" if result["base"] else ""),
-        f"{result['records']:,} held-out records of {result['data']}{left_out}. Loss: mean over the tokens of the "
+        f"{result['records']:,} {kind} of {result['data']}{left_out}. Loss: mean over the tokens of the "
         "answers, in nats; perplexity is its exponential.",
         _table(
             ["category", *columns, "perplexity"],

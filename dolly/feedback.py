@@ -11,6 +11,7 @@ A reviewed line leaves the file; what was accepted stands in the data, with its 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 import uuid
@@ -21,11 +22,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from dolly.doctor import KINDS, faults
+from dolly.doctor import KINDS, faults, printable
 from dolly.errors import UserError
 from dolly.prompt import Message
 from dolly.records import Record, whole_text
 
+MOST_TEXT, MOST_FILE = 2**16, 2**26  # characters of a line, bytes of the file: visitors write it
 KEYS = "[a]ccept  [e]dit the answer  [d]rop  [s]kip  [q]uit"
 
 
@@ -45,27 +47,41 @@ class Feedback:
 
 
 def add(path: Path, feedback: Feedback) -> None:
-    """Appends a line; several processes may."""
-    with _locked(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(feedback), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Appends a line; several processes may. Raises `UserError` for what is not worth keeping, or too much."""
+    if [m["role"] for m in feedback.messages][-2:] != ["user", "assistant"] or not feedback.answer.strip():
+        raise UserError("There is no question with an answer to judge.")
+    line = json.dumps(asdict(feedback), ensure_ascii=False)
+    if len(line) > MOST_TEXT or (path.exists() and path.stat().st_size > MOST_FILE):
+        raise UserError("This conversation is too long to be kept, or too much is kept already.")
+    _append(path, line)
 
 
-def read(path: Path) -> list[Feedback]:
-    """Raises `UserError` naming the first line that is no feedback."""
-    if not path.is_file():
-        raise UserError(f"There is no file {path}. The chat writes it when it is started with --feedback {path}.")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def read(path: Path) -> tuple[list[Feedback], list[int]]:
+    """What was judged, and the numbers of lines that are no feedback, which stay where they are.
+
+    Of several judgements of one answer the newest counts. Raises `UserError` for a file that cannot be read.
+    """
+    found: dict[str, Feedback] = {}
+    broken = []
+    for number, line in enumerate(_lines(path), 1):
         try:
             made = Feedback(**json.loads(line))
             if [m["role"] for m in made.messages][-2:] != ["user", "assistant"] or not made.answer.strip():
                 raise ValueError("no question with its answer")
-            found.append(made)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: not a line of feedback ({error}). Delete it.") from None
-    return found
+            found[json.dumps(made.messages)] = made
+        except (ValueError, TypeError, KeyError, AttributeError):
+            broken.append(number)
+    return list(found.values()), broken
+
+
+def _lines(path: Path) -> list[str]:
+    """Not `splitlines`, which ends a line at signs that JSON leaves as they are."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}. The chat writes it when it is started with --feedback.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from None
 
 
 def record_of(feedback: Feedback, answer: str, category: str) -> dict:
@@ -83,39 +99,53 @@ def review(path: Path, data: Path, ask: Callable[[str], str], say: Callable[[str
     """Shows one line after another and does what the person says; counts what was accepted, dropped and left.
 
     A line leaves the feedback only when its record is safely in the data, so a crash between the two shows it again,
-    and one that is there already is not added twice.
+    and one that is there already is not added twice. Raises `UserError` for files that cannot be read or written.
     """
-    pending = read(path)
-    there = _ids(data)
+    if data.suffix != ".jsonl":
+        raise UserError(f"{data}: what is accepted is added to .jsonl files only.")
+    pending, broken = read(path)
+    if broken:
+        say(f"{path}: {len(broken)} lines are no feedback and are left alone (line {broken[0]})")
+    there = {_source(line) for line in (_lines(data) if data.exists() else [])}
     counts = {"accepted": 0, "dropped": 0}
     for number, feedback in enumerate(pending, 1):
         if feedback.id in there:
-            _remove(path, feedback.id)
+            _remove(path, feedback)
             continue
-        say(
-            f"\n--- {number} of {len(pending)}: rated {feedback.rating or 'nothing'}, {feedback.time}, {feedback.model}"
-        )
+        rated = f"rated {feedback.rating}" if feedback.rating else "corrected"
+        say(f"\n--- {number} of {len(pending)}: {rated}, {feedback.time}, {feedback.model}")
         for message in feedback.messages:
-            say(f"{message['role']}: {message['content']}")
+            say(f"{message['role']}: {shown(message['content'])}")
         if feedback.correction:
-            say(f"corrected: {feedback.correction}")
+            say(f"corrected: {shown(feedback.correction)}")
         answer = feedback.answer
-        while (key := _key(ask)) == "e":
-            answer = edited(answer)
-            say(f"answer: {answer}")
-        if key == "q":
-            break
-        if key == "s":
-            continue
-        if key == "a":
-            category = ask("category [feedback]: ").strip() or "feedback"
-            row = record_of(feedback, answer, category)
+        while True:
             for fault in _faults(feedback, answer):
                 say(f"note: {fault}")
-            _append(data, row)
-        _remove(path, feedback.id)
-        counts["accepted" if key == "a" else "dropped"] += 1
-    return counts | {"left": len(read(path))}
+            if (key := _key(ask)) != "e":
+                break
+            try:
+                answer = edited(answer)
+                say(f"answer: {shown(answer)}")
+            except UserError as error:
+                say(str(error))
+        if key == "a":
+            try:
+                category = ask("category [feedback]: ").strip() or "feedback"
+            except EOFError:
+                break
+            _append(data, json.dumps(record_of(feedback, answer, category), ensure_ascii=False))
+        if key == "q":
+            break
+        if key != "s":
+            _remove(path, feedback)
+            counts["accepted" if key == "a" else "dropped"] += 1
+    return counts | {"left": len(read(path)[0])}
+
+
+def shown(text: str) -> str:
+    """The text without anything that a terminal would obey."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _key(ask: Callable[[str], str]) -> str:
@@ -142,40 +172,56 @@ def edited(text: str) -> str:
         path = Path(folder, "answer.txt")
         path.write_text(text + "\n", encoding="utf-8")
         try:
-            subprocess.run([*shlex.split(editor), str(path)], check=True)
+            subprocess.run([*shlex.split(editor, posix=os.name != "nt"), str(path)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError(f"The editor {editor} failed ({error}).") from None
         return path.read_text(encoding="utf-8").strip() or text
 
 
-def _append(data: Path, row: dict) -> None:
+def _append(path: Path, line: str) -> None:
     """Adds a line at the end, after a line end where the last line lacks one, and waits until it is on the disk."""
-    with _locked(data), data.open("ab+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with _locked(path), path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write((line + "\n").encode(errors="replace"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}).") from None
 
 
-def _remove(path: Path, id: str) -> None:
-    """Takes a line out; the file is replaced whole, with what the chat has added meanwhile."""
+def _remove(path: Path, feedback: Feedback) -> None:
+    """Takes all judgements of an answer out; the file is replaced whole, with what the chat has added meanwhile."""
+    path = path.resolve()  # a link stays one
     with _locked(path):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line).get("id") != id]
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(kept), encoding="utf-8")
+        kept = [line for line in _lines(path) if not _judges(line, feedback.messages)]
+        beside = path.with_name(f".{path.name}.new")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.copymode(path, beside)
         beside.replace(path)
 
 
-def _ids(data: Path) -> set[str]:
-    if not data.is_file():
-        return set()
-    lines = (line for line in data.read_text(encoding="utf-8").splitlines() if '"feedback"' in line)
-    return {json.loads(line).get("source", {}).get("feedback") for line in lines}
+def _judges(line: str, messages: list[Message]) -> bool:
+    try:
+        return json.loads(line)["messages"] == messages
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def _source(line: str) -> str | None:
+    """The id of the feedback that a line of the data came from."""
+    try:
+        return json.loads(line)["source"]["feedback"] if '"feedback"' in line else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _locked(path: Path) -> FileLock:
+    path = path.resolve()
     return FileLock(path.with_name(f".{path.name}.lock"))

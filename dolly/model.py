@@ -38,6 +38,7 @@ from dolly.errors import UserError
 from dolly.prompt import CONTROL_TOKENS
 
 MAX_SHARD = "5GB"
+NEW = 256  # tokens of an answer at most, where the package does not say
 AT_ONCE = 16  # prompts that are answered in one batch
 ROW = 1024  # tokens of a row where --max-length is not given and the base can see that far
 # What transformers raises for files that are missing, damaged, or do not fit together.
@@ -231,9 +232,12 @@ def answers(
     for at in range(0, len(prompts), AT_ONCE):
         batch = tokenizer(prompts[at : at + AT_ONCE], padding=True, return_tensors="pt").to(model.device)
         within = copy.deepcopy(defaults)
-        within.max_new_tokens = min(defaults.max_new_tokens, tokenizer.model_max_length - batch.input_ids.shape[1])
+        within.max_new_tokens = min(
+            defaults.max_new_tokens or NEW, tokenizer.model_max_length - batch.input_ids.shape[1]
+        )
         ids = model.generate(**batch, generation_config=within)[:, batch.input_ids.shape[1] :]
-        ended = torch.isin(ids, torch.tensor(defaults.eos_token_id, device=ids.device)).any(1).tolist()
+        ends = torch.tensor(defaults.eos_token_id or tokenizer.eos_token_id, device=ids.device)
+        ended = torch.isin(ids, ends).any(1).tolist()
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         made += [Answer(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
     return made

@@ -42,8 +42,11 @@ class Prepared:
         return self.tokenizer is not self.base_tokenizer
 
 
-def prepare(argv: list[str]) -> Prepared:
-    """Everything that can be wrong before a model is loaded, found out; the records read and tokenised."""
+def prepare(argv: list[str], push: bool = True) -> Prepared:
+    """Everything that can be wrong before a model is loaded, found out; the records read and tokenised.
+
+    push: whether to see to the repository on the Hub, where the settings name one.
+    """
     config = parse(argv)
     from transformers.utils import logging
 
@@ -81,9 +84,14 @@ def prepare(argv: list[str]) -> Prepared:
         raise UserError(f"{config.data} has no record left to train on: all {len(read) + len(broken)} were dropped.")
     tell_cuts(training + heldout)
     prompts = [record.messages[0]["content"] for record in heldout_part if len(record.messages) == 2]
-    prompts = [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) <= length // 2][:ANSWERED]
+    prompts = [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) <= length // 2]
+    prompts = records.spread(prompts, ANSWERED)
     license = models.license_of(config.base)
-    repo = hub.check_write(config.push_to_hub, config.private) if config.push_to_hub and launch.is_first() else None
+    repo = (
+        hub.check_write(config.push_to_hub, config.private)
+        if push and config.push_to_hub and launch.is_first()
+        else None
+    )
     return Prepared(config, tokenizer, base_tokenizer, length, training, heldout, prompts, dropped, license, repo)
 
 

@@ -28,6 +28,8 @@ SUFFIXES, PACKED = (".jsonl", ".json", ".csv", ".parquet", ".txt"), (".gz", ".zi
 INSTRUCTION, CONTEXT = ("instruction", "prompt", "question"), ("context", "input")
 RESPONSE, MESSAGES = ("response", "output", "completion", "answer"), ("messages", "conversations")
 FEW = 10  # near-duplicates, in a small file
+KNOWN = {*INSTRUCTION, *CONTEXT, *RESPONSE, *MESSAGES, "text", "category"}
+BLANK = "\u200b\u200c\u200d\u2060\ufeff"  # characters without any width, which `str.strip` leaves
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
 
@@ -108,6 +110,11 @@ def split(records: list[Record], fraction: float) -> tuple[list[Record], list[Re
     return (training, [r for r, p in zip(records, places, strict=True) if p <= bound]) if training else (records, [])
 
 
+def spread(items: list, count: int) -> list:
+    """At most `count` of the items, from all over the list."""
+    return [items[len(items) * i // count] for i in range(count)] if len(items) > count else items
+
+
 def explain(problems: list[Problem], source: str, total: int, remedy: str) -> str:
     """One paragraph that names the first lines of each kind of problem."""
     lines: dict[str, list[int]] = {}
@@ -131,7 +138,7 @@ def _places(records: list[Record]) -> list[float]:
 
     A group of more than a hundredth of all records is a form that many were written in; they are split like others.
     """
-    own = [_place(first_prompt(record)) for record in records]
+    own = [_place(record) for record in records]
     first: dict[tuple[float, float], int] = {}
     pairs = [(first.setdefault(place, at), at) for at, place in enumerate(own)]  # with the same question
     for text_of in (whole_text, first_prompt):
@@ -148,10 +155,15 @@ def _places(records: list[Record]) -> list[float]:
     return [lowest[root][1] for root in roots]
 
 
-def _place(prompt: str) -> tuple[float, float]:
-    """Two numbers between 0 and 1 that any change of a letter or digit changes."""
-    words = re.sub(r"\W+", " ", prompt.casefold()).strip(" ")
-    digest = hashlib.sha256(words.encode()).digest()
+def question(record: Record) -> tuple[str, str]:
+    """The system turn, and the first user turn (or the text) in lower case without punctuation."""
+    system = record.messages[0]["content"] if record.messages and record.messages[0]["role"] == "system" else ""
+    return system, re.sub(r"\W+", " ", first_prompt(record).casefold()).strip(" ")
+
+
+def _place(record: Record) -> tuple[float, float]:
+    """Two numbers between 0 and 1 that any change of a letter or digit of the question changes."""
+    digest = hashlib.sha256(question(record)[1].encode()).digest()
     return int.from_bytes(digest[8:16]) / 2**64, int.from_bytes(digest[:8]) / 2**64
 
 
@@ -209,10 +221,12 @@ def _csv(path: Path) -> Iterator[tuple[int, dict | Problem]]:
         rows = csv.DictReader(text, strict=True)
         try:
             for row in rows:
-                more = Problem(
-                    rows.line_num, "more fields than columns (a comma inside a text needs quotes around the text)"
+                texts = (
+                    text for value in row.values() for text in (value if isinstance(value, list) else [value or ""])
                 )
-                yield rows.line_num, more if None in row else row
+                line = rows.line_num - sum(text.count("\n") for text in texts)  # where the row begins
+                more = Problem(line, "more fields than columns (a comma inside a text needs quotes around the text)")
+                yield line, more if None in row else row
         except csv.Error as error:
             where = f"{path}, line {rows.line_num + 1}"  # where the broken row begins
             raise UserError(f"{where}: not valid CSV ({error}). Export it again, or use JSONL.") from None
@@ -230,14 +244,21 @@ def _txt(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    """Only the columns of records are read: others may be large, or of types that Python has no value for."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            yield from enumerate((row for batch in table.iter_batches() for row in batch.to_pylist()), 1)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a Parquet file ({error}).") from None
+            others = dict.fromkeys(name for name in table.schema_arrow.names if name not in KNOWN)
+            chosen = [name for name in table.schema_arrow.names if name in KNOWN]
+            batches = table.iter_batches(1024, columns=chosen)
+            rows = (row | others for batch in batches for row in batch.to_pylist())
+            if not chosen:
+                rows = (dict(others) for _ in range(table.metadata.num_rows))
+            yield from enumerate(rows, 1)
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is not a Parquet file that can be read ({error}).") from None
 
 
 def _hub(name: str) -> Iterator[tuple[int, dict]]:
@@ -303,7 +324,7 @@ def _joined(content, name: str):
 
 def _filled(value, name: str) -> str:
     text = _text(value, name)
-    if not text.strip():
+    if all(character.isspace() or character in BLANK for character in text):
         raise ValueError(f'"{name}" is empty')
     return text
 

@@ -6,7 +6,7 @@ at 0.4, more above it; the exact similarity decides. All of it is arithmetic on 
 characters take about a minute.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -17,6 +17,7 @@ NEIGHBOURS = 3  # texts before it in a band that a text is compared to: all pair
 PART = 2**20  # characters that are worked on at once
 AGREE = 16  # of the 64 minima must agree, or the pair is not looked at: a pair at 0.4 has 14 in one case of 300
 
+_NONE = np.empty(0, dtype=np.uint64)
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
 _MIX, _STEP = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
@@ -27,9 +28,10 @@ _IN_WORD = np.array([chr(byte).isalnum() if byte < 128 else True for byte in ran
 
 
 class Sketches:
-    """What is kept of each text: its shingles, 4 bytes each, and 64 minima of them."""
+    """What is kept of each text: its shingles, 4 bytes each, and, to find pairs, 64 minima of them."""
 
-    def __init__(self):
+    def __init__(self, minima: bool = True):
+        self.with_minima = minima
         self.lengths: list[np.ndarray] = []  # shingles of each text
         self.shingles: list[np.ndarray] = []  # ascending in each text
         self.minima: list[np.ndarray] = []  # [texts, BANDS * ROWS]
@@ -46,56 +48,65 @@ class Sketches:
             self._add(part)
 
     def _add(self, texts: list[str]) -> None:
-        shingles, owners = _shingles(texts)
-        keys = np.sort(owners.astype(np.uint64) << np.uint64(32) | shingles)
+        pieces = [
+            (number, text[at : at + PART]) for number, text in enumerate(texts) for at in range(0, len(text), PART)
+        ]
+        keys = np.concatenate([_keys(*zip(*part, strict=True)) for part in _of_size(pieces)] or [_NONE])
+        keys = np.sort(keys)
         keys = keys[np.diff(keys, prepend=keys[:1] - np.uint64(1)) > 0]  # np.unique takes ten times as long
         owners, shingles = (keys >> np.uint64(32)).astype(np.int64), keys & np.uint64(0xFFFFFFFF)
         lengths = np.bincount(owners, minlength=len(texts))
-        minima = np.full((len(texts), BANDS * ROWS), 0xFFFFFFFF, dtype=np.uint32)
-        if len(shingles):
-            filled = lengths.nonzero()[0]
-            starts = (lengths.cumsum() - lengths)[filled]
-            for column, (factor, more) in enumerate(_FACTORS):
-                minima[filled, column] = np.minimum.reduceat(shingles * factor + more, starts) >> np.uint64(32)
         self.lengths.append(lengths)
         self.shingles.append(shingles.astype(np.uint32))
-        self.minima.append(minima)
+        if self.with_minima:
+            self.minima.append(_minima(lengths, shingles))
 
     def similarities(self, pairs: np.ndarray) -> np.ndarray:
-        """The Jaccard similarities of pairs of texts, [pairs, 2] -> [pairs]."""
+        """The Jaccard similarities of pairs of texts, [pairs, 2] -> [pairs]; 1 for two without words."""
         if not len(pairs):
             return np.empty(0)
         lengths, shingles = np.concatenate(self.lengths), np.concatenate(self.shingles)
-        starts = lengths.cumsum() - lengths
-        return np.concatenate([_jaccard(a, b, shingles, starts, lengths) for a, b in _parts(pairs, 2**12)])
+        return _similarities(pairs, lengths, shingles)
 
-    def pairs(self) -> np.ndarray:
+    def pairs(self, also: Callable[[np.ndarray], np.ndarray] = lambda pairs: np.ones(len(pairs), bool)) -> np.ndarray:
         """Near-duplicates as pairs of indices of texts, [pairs, 2], each of the lower and the higher one.
 
-        Of many texts that are all alike not every pair is given, but enough to connect them.
+        Of texts that are all alike not every pair is given, but enough to connect them. also: which of some pairs,
+        [pairs, 2] -> [pairs], are near-duplicates by another measure too.
         """
         if not self.lengths:
             return np.empty((0, 2), dtype=np.int64)
         lengths, shingles, minima = map(np.concatenate, (self.lengths, self.shingles, self.minima))
-        starts = lengths.cumsum() - lengths
-        looked_at, found = np.empty(0, dtype=np.int64), []
+        root, found = np.arange(len(lengths)), []
         for band in range(BANDS):
             keys = minima[:, ROWS * band].astype(np.uint64) << np.uint64(32) | minima[:, ROWS * band + 1]
             order = np.argsort(keys, kind="stable")
             order = order[lengths[order] > 0]
             for lag in range(1, NEIGHBOURS + 1):
-                alike = keys[order[lag:]] == keys[order[:-lag]]
-                low, high = order[:-lag][alike], order[lag:][alike]
-                new = np.setdiff1d(low * len(lengths) + high, looked_at)
-                looked_at = np.union1d(looked_at, new)
-                pairs = np.stack(np.divmod(new, len(lengths)), 1)
-                agree = [(minima[a] == minima[b]).sum(1) >= AGREE for a, b in _parts(pairs, 2**16)]
+                low, high = order[:-lag], order[lag:]
+                new = (keys[low] == keys[high]) & (root[low] != root[high])
+                pairs = np.stack([low[new], high[new]], 1)
+                agree = [(minima[a] == minima[b]).sum(1) >= AGREE for a, b in _parts(pairs)]
                 pairs = pairs[np.concatenate(agree)] if agree else pairs
-                found += [
-                    np.stack([a, b], 1)[_jaccard(a, b, shingles, starts, lengths) > SAME]
-                    for a, b in _parts(pairs, 2**12)
-                ]
-        return np.concatenate(found) if found else np.empty((0, 2), dtype=np.int64)
+                pairs = pairs[_similarities(pairs, lengths, shingles) > SAME]
+                pairs = pairs[also(pairs)]
+                found.append(pairs)
+                root = _joined(root, pairs)
+        return np.concatenate(found)
+
+
+def _joined(root: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """The lowest text that each is connected to, after more pairs."""
+    root = root.copy()
+    for a, b in pairs.tolist():
+        while root[a] != a:
+            a = root[a]
+        while root[b] != b:
+            b = root[b]
+        root[max(a, b)] = min(a, b)
+    while (further := root[root]).tobytes() != root.tobytes():
+        root = further
+    return root
 
 
 def groups(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
@@ -113,9 +124,38 @@ def groups(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     return [root(at) for at in range(count)]
 
 
-def _parts(pairs: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _parts(pairs: np.ndarray, size: int = 2**16) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for at in range(0, len(pairs), size):
         yield pairs[at : at + size, 0], pairs[at : at + size, 1]
+
+
+def _of_size(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """The pieces in runs of about `PART` characters."""
+    part, size = [], 0
+    for piece in pieces:
+        part.append(piece)
+        size += len(piece[1])
+        if size > PART:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _keys(numbers: tuple[int, ...], pieces: tuple[str, ...]) -> np.ndarray:
+    """The shingles of pieces of texts, each with the number of its text in the upper 32 bits."""
+    shingles, owners = _shingles(list(pieces))
+    return np.array(numbers, dtype=np.uint64)[owners] << np.uint64(32) | shingles
+
+
+def _minima(lengths: np.ndarray, shingles: np.ndarray) -> np.ndarray:
+    minima = np.full((len(lengths), BANDS * ROWS), 0xFFFFFFFF, dtype=np.uint32)
+    if len(shingles):
+        filled = lengths.nonzero()[0]
+        starts = (lengths.cumsum() - lengths)[filled]
+        for column, (factor, more) in enumerate(_FACTORS):
+            minima[filled, column] = np.minimum.reduceat(shingles * factor + more, starts) >> np.uint64(32)
+    return minima
 
 
 def _shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -168,6 +208,17 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(33))
 
 
+def _similarities(pairs: np.ndarray, lengths: np.ndarray, shingles: np.ndarray) -> np.ndarray:
+    """The Jaccard similarities of pairs of texts, some of which are worked on at once."""
+    starts = lengths.cumsum() - lengths
+    work = (lengths[pairs].sum(1) + 1).cumsum()
+    borders = np.searchsorted(work, np.arange(PART, work[-1] if len(work) else 0, PART))
+    parts = [
+        _jaccard(part[:, 0], part[:, 1], shingles, starts, lengths) for part in np.split(pairs, np.unique(borders))
+    ]
+    return np.concatenate(parts)
+
+
 def _jaccard(a: np.ndarray, b: np.ndarray, shingles: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The Jaccard similarities of the texts `a` and `b`, pair by pair."""
     texts, pair = np.concatenate([a, b]), np.concatenate([np.arange(len(a))] * 2)
@@ -177,4 +228,5 @@ def _jaccard(a: np.ndarray, b: np.ndarray, shingles: np.ndarray, starts: np.ndar
     keys = np.sort(np.repeat(pair, size).astype(np.uint64) << np.uint64(32) | found)
     twice = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)
     both = np.bincount(twice.astype(np.int64), minlength=len(a))
-    return both / (lengths[a] + lengths[b] - both)
+    either = lengths[a] + lengths[b] - both
+    return np.where(either > 0, both / np.maximum(either, 1), 1.0)

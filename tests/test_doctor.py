@@ -10,7 +10,7 @@ from conftest import ROOT, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dolly.doctor import KINDS, examine, looks_cut, repeats
+from dolly.doctor import KINDS, examine, lacks_end, looks_cut, repeats
 from dolly.doctor_report import as_html, as_json
 from dolly.errors import UserError
 from dolly.language import language
@@ -37,7 +37,7 @@ PLANTED = [
     ("cut off", {"instruction": "Plan my day.", "response": "Get up early. Then go for a walk in the"}),
     ("cut off", {"instruction": "Show a loop.", "response": "```python\nfor x in y: print(x)"}),
     (
-        "cut off",
+        "no full stop",
         {"instruction": "What next?", "response": "Wait a day. Then ask your neighbour whether he has seen it"},
     ),
     ("echo", {"instruction": "What is the tallest tree?", "response": "What is the tallest tree? A redwood is."}),
@@ -135,6 +135,58 @@ def test_many_records_that_begin_alike_are_told(tmp_path):
     assert examine(write(tmp_path / "a.jsonl", rows)).monotony == {"write a tweet about": 120}
 
 
+def test_code_prices_and_markup_are_no_faults(tmp_path):
+    answers = [
+        "Take values[0], then nums[12], and add them.",
+        "Write `<b>bold</b>` and `&amp;` in a page, and `[name]` in a form.",
+        "```html\n<p>One &amp; two</p>\n[your name]\n```",
+        "Use the package react@18.2.0 here, cloned from git@github.com, and A@B.transpose() there.",
+        "The bits are 0000 0000 0000 0101, and the price was 1,299.00 in 2019-2020.",
+        "In Python, ages[name] is a look-up, and (?P<name>x) names a group.",
+        "They won Super Bowl XXX, and lost the next one.",
+        "The line is:\nreturn x + y",
+        "Call me maybe: from 9 to 17, on 12/11/2024, for 30 days at most, [as agreed](terms.html).",
+        "He lived from 1850 to 1921, in room 100-200-300 of the archive, shelf 12345678901234567.",
+        "AMANHÃ\u201d is what the poster said in capitals.",
+    ]
+    rows = [{"instruction": f"Tell me about thing {n}.", "response": answer} for n, answer in enumerate(answers)]
+    assert {k: v for k, v in examine(write(tmp_path / "a.jsonl", rows)).found.items() if v} == {}
+
+
+def test_a_long_run_of_letters_takes_no_time_and_no_conversation_counts_twice(tmp_path):
+    turns = [{"role": role, "content": text} for role, text in (("user", "Go on."), ("assistant", "He went to the"))]
+    rows = [{"instruction": "Decode it @ once.", "response": "QUJD" * 250_000 + " is it."}, {"messages": turns * 3}]
+    assert {k: v for k, v in examine(write(tmp_path / "a.jsonl", rows)).found.items() if v} == {"cut off": [2]}
+
+
+def test_one_question_about_several_texts_is_no_duplicate(tmp_path):
+    ask = "Classify the mood of this review of our restaurant as good, bad or mixed, and answer with one word only."
+    rows = [{"instruction": ask, "context": text, "response": "Good"} for text in ("Fine soup!", "We loved the cake.")]
+    assert examine(write(tmp_path / "a.jsonl", rows)).found["near-duplicate"] == []
+
+
+def test_where_no_language_is_that_of_most_none_is_strange(tmp_path):
+    told = ["The cat is on the mat.", "Der Hund ist nicht hier.", "Le chat est dans la maison.", "Кошка спит, да"]
+    rows = [{"instruction": f"{n}?", "response": text} for n, text in enumerate(told * 5)]
+    assert examine(write(tmp_path / "a.jsonl", rows)).found["language"] == []
+
+
+def test_a_validation_file_that_cannot_be_read_is_told(tmp_path):
+    good_file = write(tmp_path / "a.jsonl", good())
+    with pytest.raises(UserError, match="line 1: not valid JSON"):
+        examine(good_file, against=write(tmp_path / "b.jsonl", ["{"]))
+    with pytest.raises(UserError, match="is empty"):
+        examine(good_file, against=write(tmp_path / "c.jsonl", []))
+
+
+def test_what_a_record_says_does_not_reach_the_terminal_as_a_command(tmp_path):
+    rows = [{"instruction": "Say \u001b[31mred\u001b]0;x\u0007 🙂", "response": "As an AI, \u001b[2J no."}]
+    file = write(tmp_path / "x.jsonl", rows)
+    done = run("-m", "dolly", "check", file, PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout and "\\x1b" in done.stdout and "\\U0001f642" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("answer", "cut"),
     [
@@ -150,7 +202,7 @@ def test_many_records_that_begin_alike_are_told(tmp_path):
     ],
 )  # fmt: skip
 def test_an_answer_that_stops_within_a_sentence_looks_cut(answer, cut):
-    assert looks_cut(answer) == cut
+    assert (looks_cut(answer) or lacks_end(answer)) == cut
 
 
 def test_an_echo_is_the_first_line_of_the_prompt():
@@ -230,7 +282,8 @@ def damaged(data: bytes, damage) -> bytes:
 def check_nothing_is_lost(path, lines: int) -> None:
     try:
         records, problems = read_records(str(path))
-    except UserError:
+    except UserError as error:
+        assert path.suffix != ".jsonl" or "is empty" in str(error)  # of JSONL each line is read by itself
         with pytest.raises(UserError):
             examine(str(path))
         return

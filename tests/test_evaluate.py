@@ -1,6 +1,7 @@
 """Measures of a model: losses of the plain forward, shares that can be counted by hand, the command, its report."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,7 @@ def trained(bases, tmp_path_factory) -> Path:
     return folder
 
 
-def test_losses_are_those_of_the_plain_forward(trained, monkeypatch):
-    monkeypatch.setattr(evaluate, "precision", lambda config: "float32")
+def test_losses_are_those_of_the_plain_forward(trained):
     model, tokenizer = models.load_package(str(trained / "model"))
     records, _ = read_records(str(trained / "my.jsonl"))
     documents, _ = tokenize(records, tokenizer, 256)
@@ -44,11 +44,11 @@ def test_losses_are_those_of_the_plain_forward(trained, monkeypatch):
         with torch.no_grad():
             each = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:].long(), reduction="none")[learned[1:]]
         plain.append((each.sum().item(), len(each)))
-    measured = evaluate.losses(model, documents, 256)
+    measured = evaluate.losses(model, documents, 256, "float32")
     for name in ("all", "open_qa", "classification"):
         chosen = [p for p, d in zip(plain, documents, strict=True) if name in ("all", d.category)]
         assert measured[name] == pytest.approx(sum(p[0] for p in chosen) / sum(p[1] for p in chosen), rel=1e-4)
-    found = evaluate.highest(model, tokenizer, records, 256)
+    found = evaluate.highest(model, tokenizer, records, 256, "float32")
     order = sorted(range(len(plain)), key=lambda at: -plain[at][0] / plain[at][1])
     assert [row["line"] for row in found][:10] == [documents[at].line for at in order][:10]
     assert found[0]["prompt"] and found[0]["answer"]
@@ -92,6 +92,31 @@ def test_what_cannot_be_measured_is_told(trained, tmp_path):
         assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+def test_adapters_alone_and_a_package_that_learned_all_are_measured_too(trained, bases, tmp_path):
+    lora = ["--lora-rank", 4, "--no-merge", "--validation", 0]
+    done = run(
+        "train.py", "--base", bases["llama"], "--data", trained / "my.jsonl", "--output", tmp_path / "lora", *lora,
+        "--max-steps", 1, "--max-length", 256, "--bad-records", "drop", "--max-new-tokens", 12,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(UserError, match="trained on all of its records"):
+        evaluate.evaluate(str(tmp_path / "lora"))
+    found = evaluate.evaluate(str(tmp_path / "lora"), data=str(trained / "my.jsonl"), whole=True, prompts=["Hi"])
+    assert found["records"] == 60
+    assert "60 records of" in evaluate.report(found)
+
+
+def test_a_base_of_other_tokens_and_a_package_that_tells_no_data_are_refused(trained, bases, tmp_path):
+    with pytest.raises(UserError, match="tokenizers differ"):
+        evaluate.evaluate(str(trained / "model"), base=str(bases["qwen3"]), prompts=["Hi"])
+    shutil.copytree(trained / "model", tmp_path / "bare")
+    (tmp_path / "bare" / "train.yaml").unlink()
+    with pytest.raises(UserError, match="does not tell what it was trained on"):
+        evaluate.evaluate(str(tmp_path / "bare"))
+    with pytest.raises(UserError, match="more than half"):
+        evaluate.evaluate(str(trained / "model"), prompts=["word " * 300])
+
+
 def test_the_card_tells_the_measures(trained):
     card = (trained / "model" / "README.md").read_text(encoding="utf-8")
     for told in ("| category | loss before | after |", "What it forgot", "end by themselves"):
@@ -110,7 +135,7 @@ def test_shares_of_answers():
 # ---- the learning curve ----------------------------------------------------------------------------------------------
 
 
-def sums(*losses: float, tokens: int = 50, noise: float = 0.2) -> list[torch.Tensor]:
+def sums(*losses: float, tokens: int = 50, noise: float = 0.05) -> list[torch.Tensor]:
     """Of three shares: 100 held-out records with these mean losses."""
     spread = torch.Generator().manual_seed(0)
     own = torch.randn(100, generator=spread, dtype=torch.float64)
@@ -124,14 +149,14 @@ def sums(*losses: float, tokens: int = 50, noise: float = 0.2) -> list[torch.Ten
 @pytest.mark.parametrize(
     ("losses", "helps"),
     [
-        ((4.0, 3.5, 3.0), "yes"), ((3.2, 3.1, 3.05), "a little"), ((3.0, 3.0, 3.01), "unclear"),
+        ((4.0, 3.5, 3.0), "yes"), ((3.2, 3.1, 3.05), "a little"), ((3.0, 3.0, 3.0), "unclear"),
         ((3.0, 3.0, 3.4), "no"),
     ],
 )  # fmt: skip
 def test_a_verdict_is_given_when_the_records_agree(losses, helps):
     found = curve.verdict("a", 60, sums(*losses), torch.ones(100, dtype=torch.bool))
     assert found.helps == helps
-    assert found.error == pytest.approx(0.2 * 2**0.5 / 10, rel=0.3)
+    assert found.error == pytest.approx(0.05 * 2**0.5 / 10, rel=0.3)
     assert (found.doubled < found.losses[-1]) == (losses[1] > losses[2])
     few = torch.arange(100) < curve.FEW - 1
     assert curve.verdict("a", 60, sums(*losses), few).helps == "unclear"

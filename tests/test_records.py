@@ -270,3 +270,25 @@ def test_a_csv_row_with_surplus_fields_is_a_problem_and_an_index_column_is_not(t
     records, problems = read_records(str(tmp_path / "x.csv"))
     assert [record.messages for record in records] == [TURNS]
     assert [(problem.line, problem.what[:16]) for problem in problems] == [(3, "more fields than")]
+
+
+def test_a_csv_row_is_named_by_the_line_it_begins_in(tmp_path):
+    (tmp_path / "x.csv").write_text('instruction,response\n"a\nb\nc","d\r\ne"\n\nf,g\n"h\n",\n', newline="")
+    records, problems = read_records(str(tmp_path / "x.csv"))
+    assert [record.line for record in records] == [2, 7]
+    assert [problem.line for problem in problems] == [8]
+
+
+def test_of_a_parquet_file_only_the_columns_of_records_are_read(tmp_path):
+    table = pandas.DataFrame([GOOD | {"when": pandas.Timestamp.max, "vector": [0.5] * 100}] * 3)
+    table["when"] = table["when"].astype("datetime64[ns]")
+    table.to_parquet(tmp_path / "x.parquet")
+    assert len(read_records(str(tmp_path / "x.parquet"))[0]) == 3
+    table[["vector"]].to_parquet(tmp_path / "y.parquet")
+    assert [p.what for p in read_records(str(tmp_path / "y.parquet"))[1]] == [
+        "no column for the instruction (columns: vector)"
+    ] * 3
+
+
+def test_a_text_of_characters_without_width_is_empty(tmp_path):
+    assert "is empty" in read_records(write(tmp_path / "x.jsonl", GOOD | {"response": "\u200b \ufeff"}))[1][0].what
