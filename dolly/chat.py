@@ -168,15 +168,16 @@ def conversation(engine: Engine, examples: list[dict], judged: Path | None) -> N
     def retry(chat, retried: gr.RetryData, request: gr.Request):
         return ask(chat[: retried.index], words(chat[retried.index]["content"]), request)
 
-    def edit(chat, edited: gr.EditData, request: gr.Request):
+    def edit(chat, system, edited: gr.EditData, request: gr.Request):
         if chat[edited.index]["role"] == "assistant":
-            judge(chat[: edited.index], words(edited.previous_value), request, correction=words(edited.value))
+            before = messages(chat[: edited.index], system)
+            judge(before, words(edited.previous_value), request, correction=words(edited.value))
             return gr.skip(), gr.skip(), gr.skip()
         return ask(chat[: edited.index], edited.value, request)
 
-    def judge(before, answer: str, request: gr.Request, **how) -> str:
+    def judge(before: list[Message], answer: str, request: gr.Request, **how) -> str:
         """Keeps what a visitor judged; gives what the line under the conversation says of it."""
-        turns = [*messages(before, ""), {"role": "assistant", "content": answer}]
+        turns = [*before, {"role": "assistant", "content": answer}]
         name = engine.model.name_or_path
         name = Path(name).name if Path(name).is_dir() else name  # no path of this machine gets into data
         try:
@@ -185,11 +186,12 @@ def conversation(engine: Engine, examples: list[dict], judged: Path | None) -> N
             return f"<p role=alert>{html.escape(str(error))}</p>"
         return f"<p role=status>{texts.text('kept', texts.language(request.headers.get('accept-language', '')))}</p>"
 
-    def rate(chat, liked: gr.LikeData, request: gr.Request):
+    def rate(chat, system, liked: gr.LikeData, request: gr.Request):
         if not isinstance(liked.liked, bool) or waiting.current(request.session_hash):  # taken back; still growing
             return gr.skip()
         answer = words(chat[liked.index]["content"])
-        return judge(chat[: liked.index], answer, request, rating="good" if liked.liked else "bad")
+        before = messages(chat[: liked.index], system)
+        return judge(before, answer, request, rating="good" if liked.liked else "bad")
 
     def example(clicked: gr.EventData, request: gr.Request):
         return ask([], prompts[clicked.target], request)
@@ -239,7 +241,7 @@ def conversation(engine: Engine, examples: list[dict], judged: Path | None) -> N
     may_fail = [
         box.submit(send, [box, bot], **asks),
         bot.retry(retry, bot, **asks),
-        bot.edit(edit, bot, **asks),
+        bot.edit(edit, [bot, controls[0]], **asks),
         gr.on([button.click for button in prompts], example, **asks),
         asked.change(
             answer,
@@ -258,7 +260,7 @@ def conversation(engine: Engine, examples: list[dict], judged: Path | None) -> N
     box.stop(stop, None, box, **at_once)
     bot.undo(undo, bot, [bot, box], **at_once)
     if judged:
-        bot.like(rate, bot, status, **at_once)
+        bot.like(rate, [bot, controls[0]], status, **at_once)
     bot.clear(clear, None, [bot, box, status], **at_once)
     gr.api(endpoint(engine, usual), api_name="chat", concurrency_limit=AT_ONCE)
 

@@ -416,7 +416,7 @@ def test_visitors_rate_and_correct_answers_where_the_owner_keeps_them(package, e
         first = expected(engine, FIRST)
         expect(answered(page)).to_have_text(first)
         button(page, "Like").click()
-        expect(page.locator("#status")).to_contain_text("Your judgement is kept")
+        expect(page.locator("#status")).to_contain_text("Kept, with this conversation")
         button(page, "Dislike").click()
         button(page, "Edit").last.click()
         page.locator("#conversation textarea").fill("A better answer.")
