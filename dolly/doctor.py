@@ -142,7 +142,8 @@ def examine(
                 languages.append(language(text))
                 lines.append(record.line)
                 exact.append(hash(text))
-                prompts.append(hash(question(record)))
+                if others is not None:
+                    prompts.append(hash(question(record)))
                 openings[" ".join(first_prompt(record)[:200].lower().split()[:4])] += 1
                 shown.append(shortened(first_prompt(record), SHOWN))
                 _count(result, record)
@@ -297,7 +298,10 @@ def around(text: str, match: re.Match, width: int = 30) -> str:
 
 def printable(text: str) -> str:
     """One line without anything that a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\ufffd" else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+    text = " ".join(text.split())
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\ufffd" else f"\\x{ord(c):02x}" for c in text)
 
 
 def shortened(text: str, length: int = 100) -> str:
