@@ -22,8 +22,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from dolly.doctor import KINDS, faults, printable
+from dolly.doctor import KINDS
 from dolly.errors import UserError
+from dolly.faults import faults, printable
 from dolly.prompt import Message
 from dolly.records import Record, whole_text
 

@@ -4,7 +4,6 @@ No model and no download; a text of a few words without any function word stays 
 """
 
 import re
-from collections import Counter
 
 FUNCTION_WORDS = {
     "English": "the a an and of to is are was were be in on at by for from with as that this it i you he she we they "
@@ -53,6 +52,10 @@ def language(text: str) -> str | None:
             if 5 * len(characters.findall(text)) > len(text):
                 return name
     words = set(_WORD.findall(text.lower()))
-    hits = Counter(name for word in words for name in _LANGUAGES.get(word, ()))
-    (first, most), (_, second) = (hits.most_common(2) + [(None, 0)] * 2)[:2]
-    return first if most >= max(ENOUGH, SHARE * len(words)) and most > second else None
+    hits: dict[str, int] = {}
+    for word in words & _LANGUAGES.keys():
+        for name in _LANGUAGES[word]:
+            hits[name] = hits.get(name, 0) + 1
+    most = max(hits.values(), default=0)
+    first = [name for name, count in hits.items() if count == most]
+    return first[0] if most >= max(ENOUGH, SHARE * len(words)) and len(first) == 1 else None

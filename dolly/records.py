@@ -143,7 +143,7 @@ def _places(records: list[Record]) -> list[float]:
     pairs = [(first.setdefault(place, at), at) for at, place in enumerate(own)]  # with the same question
     for text_of in (whole_text, first_prompt):
         sketches = Sketches()
-        sketches.add(map(text_of, records))
+        sketches.add((text_of(record),) for record in records)
         pairs += sketches.pairs().tolist()
     roots = groups(len(records), pairs)
     size = Counter(roots)

@@ -25,7 +25,7 @@ def jaccard(a: str, b: str) -> float:
 def pairs(made: list[str]) -> set[tuple[int, int]]:
     sketches = Sketches()
     for at in range(0, len(made), 7):
-        sketches.add(made[at : at + 7])
+        sketches.add((text,) for text in made[at : at + 7])
     return {tuple(pair) for pair in sketches.pairs().tolist()}
 
 
@@ -68,13 +68,31 @@ def test_many_alike_texts_are_connected_without_comparing_all_of_them():
 def test_a_text_longer_than_what_is_worked_on_at_once_is_one_text(monkeypatch):
     text = " ".join(f"word{n}" for n in range(5000))
     whole = Sketches()
-    whole.add([text, "short", text])
+    whole.add([(text,), ("short",), (text,)])
     monkeypatch.setattr(similar, "PART", 4000)
     cut = Sketches()
-    cut.add([text, "short", text])
+    cut.add([(text,), ("short",), (text,)])
     assert [tuple(pair) for pair in cut.pairs().tolist()] == [(0, 2)]
     assert cut.lengths[0][0] == pytest.approx(whole.lengths[0][0], rel=0.02)
     assert whole.similarities(np.array([[0, 2], [0, 1]])).tolist() == [1.0, 0.0]
+
+
+def test_texts_have_to_be_alike_in_each_part():
+    long = " ".join(f"word{n}" for n in range(60))
+    question, other = "Who wrote the old letter that lay in the box?", "How many boats came home after the storm?"
+    answer, another = "It was the miller who wrote it, in May.", "Nine boats came home, and one was lost."
+    made = [
+        (question, long, answer),
+        (question, long.replace("word7", "seven"), answer),
+        (other, long, another),  # another question about the same text
+        (question, long.replace("word", "thing"), answer),  # the same question about another text
+        ("Which is it?", long, "A tool"),
+        ("Which is it?", long, "A fruit"),
+    ]
+    sketches = Sketches()
+    sketches.add(made)
+    assert sketches.pairs().tolist() == [[0, 1]]
+    assert sketches.similarities(np.array([[0, 2], [2, 0], [4, 5], [0, 0]])).tolist() == [0, 0, 0, 1]
 
 
 def test_groups_follow_chains_in_any_order():
