@@ -2,10 +2,10 @@
 
     python data/base/pretrain.py --tokens DIR --work DIR --seconds 7200 --out data/base
 
-DIR holds main-*.bin, anneal.bin and validation.bin: uint16 ids of `tokenizer.json`, every document ended by id 0.
-The schedule is a fraction of the time given: warm-up, constant, linear decay over the last 30 %. A killed run
-started again with the same --work goes on from its last checkpoint; `echo N > WORK/seconds` changes the time given,
-and `--seconds 0 --out DIR` only writes the model of the last checkpoint.
+DIR holds token files as encode.py writes them: for each source of MIXTURE one or several, and for each validation-*.bin
+the loss is told. The schedule is a fraction of the time given: constant, then a linear decay over the last 30 %, with a
+warm-up at each start. A killed run started again with the same --work goes on from its last checkpoint;
+`echo N > WORK/seconds` changes the time given; `--seconds 0 --out DIR` only writes the model of the last checkpoint.
 
 Muon (Jordan et al., 2024) trains the matrices and AdamW the embedding and the vectors. Matrix products run in
 bfloat16: on a CPU with avx512_bf16 that is 4-7 times the rate of float32 (measured: 850 against 180 GFLOP/s).
@@ -22,7 +22,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-DECAY, ANNEAL, LONG_ROWS = 0.7, 0.7, 0.85  # where the decay, the cleaner mixture and the long rows begin
+DECAY, LONG_ROWS = 0.7, 0.85  # where the decay with its mixture, and the long rows, begin
+MIXTURE = {"main": (0.35, 0.15), "simple": (0.15, 0.25), "composed": (0.5, 0.6)}  # shares before and in the decay
+WARMUP = 200  # steps
 
 
 class Rows:
@@ -136,10 +138,12 @@ def main():
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, tokens, spent = state["step"], state["tokens"], state["spent"]
-    main_rows = Rows(sorted(args.tokens.glob("main-*.bin")), seed=2 * step)
-    anneal_rows = Rows([args.tokens / "anneal.bin"], seed=2 * step + 1)
-    validation = Rows([args.tokens / "validation.bin"], seed=0).take(256, 256)
-    choose = np.random.default_rng(step)
+    sources = [Rows(sorted(args.tokens.glob(f"{name}*.bin")), seed=step) for name in MIXTURE]
+    validation = {
+        path.stem.removeprefix("validation-"): Rows([path], seed=0).take(160, 256)
+        for path in sorted(args.tokens.glob("validation-*.bin"))
+    }
+    choose, begun_at = np.random.default_rng(step), step
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, from step {step}", flush=True)
 
     def save():
@@ -155,8 +159,8 @@ def main():
             "seconds": round(spent),
             "loss": round(loss, 4),
             "tokens_per_second": round(rate),
+            "validation": {name: round(validate(model, rows, device), 4) for name, rows in validation.items()},
         }
-        row["validation"] = round(validate(model, validation, device), 4)
         print(json.dumps(row), flush=True)
         with log.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
@@ -165,11 +169,11 @@ def main():
     while spent < seconds and step < args.steps:
         begun = time.monotonic()
         done = spent / seconds
-        factor = min(1, (step + 1) / 200) * (1 if done < DECAY else max(0.02, (1 - done) / (1 - DECAY)))
+        factor = min(1, (step - begun_at + 1) / WARMUP) * (1 if done < DECAY else max(0.02, (1 - done) / (1 - DECAY)))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * factor
-        source = anneal_rows if choose.random() < (0.2 if done < ANNEAL else 0.6) else main_rows
+        source = choose.choice(sources, p=[shares[done >= DECAY] for shares in MIXTURE.values()])
         rows, context = (args.rows, 256) if done < LONG_ROWS else (args.rows // 2, 512)
         ids = source.take(rows, context).to(device)
         loss = HeadLoss.apply(hidden_states(model, ids[:, :-1]), head, ids[:, 1:].flatten())
