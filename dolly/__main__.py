@@ -133,7 +133,7 @@ def _positive(text: str) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    _check_writable(options.json, options.html)
+    _check_writable(options.json, options.html, read=(options.file, options.against))
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn
 
@@ -167,7 +167,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    _check_writable(options.json, options.report)
+    _check_writable(options.json, options.report, read=(options.data, options.prompts))
     from transformers.utils import logging
 
     from dolly import evaluate
@@ -190,7 +190,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _learning_curve(options: argparse.Namespace) -> None:
-    _check_writable(options.json, options.report)
+    _check_writable(options.json, options.report, read=(options.data,))
     import tempfile
 
     from dolly import curve
@@ -218,11 +218,17 @@ def _review(options: argparse.Namespace) -> None:
     print("\n" + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
-def _check_writable(*paths: str | None) -> None:
-    """Raises `UserError` before hours are spent on what cannot be written."""
+def _check_writable(*paths: str | None, read: tuple[str | None, ...] = ()) -> None:
+    """Raises `UserError` before hours are spent on what cannot be written, or would be written over what is read."""
+    taken = {Path(path).resolve() for path in read if path}
     for path in paths:
-        if path and path != "-" and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        if not path or path == "-":
+            continue
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written: it is a folder, or its folder does not exist.")
+        if Path(path).resolve() in taken:
+            raise UserError(f"{path} is given twice: a report would be written over another file.")
+        taken.add(Path(path).resolve())
 
 
 def _write(path: str | None, text: Callable[[], str]) -> None:

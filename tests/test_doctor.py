@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
@@ -244,6 +247,20 @@ def test_the_command_tells_all_and_exits_by_what_it_found(planted, tmp_path):
 
     done = run("-m", "dolly", "check", tmp_path / "none.jsonl")
     assert done.returncode == 2 and "There is no file" in done.stderr and "Traceback" not in done.stderr
+
+    for twice in (["--json", page, "--html", page], ["--json", clean]):
+        done = run("-m", "dolly", "check", clean, *twice)
+        assert done.returncode == 2 and "is given twice" in done.stderr
+    assert len(Path(clean).read_text().splitlines()) == len(good())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_and_a_reader_that_left_are_no_tracebacks(tmp_path):
+    file = write(tmp_path / "good.jsonl", good())
+    for target, told in (("> /dev/full", "No space left"), ("--json - | true", "")):
+        command = f"{sys.executable} -m dolly check {file} {target}"
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert told in done.stderr and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_the_page_escapes_what_the_file_says(tmp_path):
