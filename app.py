@@ -4,15 +4,20 @@ import argparse
 import os
 from pathlib import Path
 
+if ZERO_GPU := os.environ.get("SPACES_ZERO_GPU") == "true":  # a Space that borrows a GPU for each answer
+    import spaces  # before torch, for whose CUDA it stands in
+
 import yaml
 
 from dolly.chat import LOOK, build
-from dolly.engine import Engine
+from dolly.engine import Engine, Sampling
 from dolly.errors import UserError, told_plainly
+from dolly.feedback import kept_on_hub
 from dolly.model import load_package
 
 DEMO = "models/demo"  # the folder that `make model` writes; never looked for on the Hub
 EXAMPLES = Path(__file__).parent / "data/examples.yaml"
+SLOWEST = 10  # tokens a second that a borrowed GPU writes at least
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -39,9 +44,17 @@ def chat(model: str, judged: Path | None = None):
     try:
         if model == DEMO and not Path(DEMO).exists():
             raise UserError(f"The folder {DEMO} does not exist.")
-        return build(Engine(*load_package(model)), examples, judged=judged)
+        engine = Engine(*load_package(model))
+        if ZERO_GPU:  # each answer is written in a process of its own, which ends with the answer or at Stop
+            engine.stream = spaces.GPU(duration=gpu_seconds)(engine.stream)
+        return build(engine, examples, judged=judged)
     except UserError as error:
         return build(None, examples, str(error))
+
+
+def gpu_seconds(messages: list, sampling: Sampling) -> int:
+    """For how long an answer asks for the GPU, which counts against the visitor's quota of the day."""
+    return 10 + sampling.max_new_tokens // SLOWEST
 
 
 def check_kept(judged: Path | None) -> Path | None:
@@ -56,7 +69,9 @@ def check_kept(judged: Path | None) -> Path | None:
 
 options = arguments(None if __name__ == "__main__" else [])
 with told_plainly():
-    demo = chat(options.model, check_kept(options.feedback))
+    dataset = os.environ.get("DOLLY_FEEDBACK")
+    judged = check_kept(kept_on_hub(dataset) if dataset and not options.feedback else options.feedback)
+    demo = chat(options.model, judged)
 
 if __name__ == "__main__":
     with told_plainly():

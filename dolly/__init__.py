@@ -13,7 +13,7 @@ The modules in reading order; each imports only from those named before it:
     trainer, engine                      the training loop; the token loop of the chat
     prepare                              all that is known, and checked, before a model is loaded
     evaluate, curve                      measures of a model beside its base; whether more data would help
-    report, hub                          the model card; pushing to the Hugging Face Hub
+    report, hub, dataset, space          the cards; pushing models, data and Spaces to the Hugging Face Hub
     texts, chat                          the words of the Gradio page, and the page
 """
 

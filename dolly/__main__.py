@@ -21,6 +21,7 @@ examples:
   python -m dolly check my.jsonl --html report.html        what is wrong with the records of a file
   python -m dolly evaluate models/dolly --base data/base   how good a model is, beside its base
   python -m dolly push models/dolly dolly                  to your own account on the Hugging Face Hub
+  python -m dolly space dolly-chat --model you/dolly       a page on the Hub where everybody can chat with it
 """
 
 EVALUATE_EXAMPLES = """\
@@ -51,6 +52,28 @@ examples:
   python -m dolly push models/dolly acme/dolly --private   to an organisation, for its members only
 
 exit codes: 0 pushed;  2 nothing was sent, the message says what to mend;  3 broke off, repeat it later
+"""
+
+PUSH_DATA_EXAMPLES = """\
+The file is uploaded as it is, with a card that counts what is in it. A README.md beside the file is taken as its card
+if its front matter names the file.
+
+examples:
+  python -m dolly push-data my.jsonl my-records --license cc-by-4.0
+  python -m dolly push-data data/feedback.jsonl acme/feedback --private
+
+exit codes: 0 pushed;  2 nothing was sent, the message says what to mend;  3 broke off, repeat it later
+"""
+
+SPACE_EXAMPLES = """\
+Creates the Space or brings it up to date, and waits until it runs.
+
+examples:
+  python -m dolly space dolly-chat --model you/dolly
+  python -m dolly space dolly-chat --model you/dolly --hardware zero-a10g
+  python -m dolly space dolly-chat --model acme/dolly --private --feedback acme/dolly-feedback
+
+exit codes: 0 it runs;  2 refused, the message says what to mend;  3 the upload broke off, or the Space does not start
 """
 
 
@@ -120,6 +143,23 @@ def _parser(curve: bool) -> argparse.ArgumentParser:
         "--private", action="store_true", help="create the repository for yourself or your organisation only"
     )
     command.set_defaults(run=_push)
+
+    about = "Uploads a file of records to the Hugging Face Hub, as a data set with a card."
+    command = commands.add_parser("push-data", help=about, description=about, epilog=PUSH_DATA_EXAMPLES, **layout)
+    command.add_argument("file", metavar="FILE", type=Path, help="records: .jsonl, .json, .csv, .parquet or .txt")
+    command.add_argument("name", metavar="NAME", help="NAME or OWNER/NAME on the Hub")
+    command.add_argument("--private", action="store_true", help="for yourself or your organisation only")
+    command.add_argument("--license", metavar="ID", help="as the Hub spells it, for the card: cc-by-4.0, for example")
+    command.set_defaults(run=_push_data)
+
+    about = "Opens a Space on the Hugging Face Hub: a page where everybody can chat with a model."
+    command = commands.add_parser("space", help=about, description=about, epilog=SPACE_EXAMPLES, **layout)
+    command.add_argument("name", metavar="NAME", help="NAME or OWNER/NAME of the Space")
+    command.add_argument("--model", metavar="ID", required=True, help="of the model on the Hub")
+    command.add_argument("--hardware", help="cpu-basic, zero-a10g, t4-small ... (default: what the Hub gives)")
+    command.add_argument("--private", action="store_true", help="for yourself or your organisation only")
+    command.add_argument("--feedback", metavar="NAME", help="private data set that keeps what visitors judge")
+    command.set_defaults(run=_space)
     return parser
 
 
@@ -250,6 +290,19 @@ def _push(options: argparse.Namespace) -> None:
         )
     repo_id = check_write(options.name, options.private)
     print(f"pushed to {push(options.model, repo_id, options.private)}")
+
+
+def _push_data(options: argparse.Namespace) -> None:
+    from dolly.dataset import push_data
+
+    print(f"pushed to {push_data(options.file, options.name, options.private, options.license)}")
+
+
+def _space(options: argparse.Namespace) -> None:
+    from dolly.space import deploy
+
+    url = deploy(options.name, options.model, options.hardware, options.private, options.feedback)
+    print(f"{url} runs")
 
 
 if __name__ == "__main__":

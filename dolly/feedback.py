@@ -21,10 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock
+from huggingface_hub import CommitScheduler
 
 from dolly.doctor import KINDS
 from dolly.errors import UserError
 from dolly.faults import faults, printable
+from dolly.hub import FAILURES, reason
 from dolly.prompt import Message
 from dolly.records import Record, whole_text
 
@@ -55,6 +57,18 @@ def add(path: Path, feedback: Feedback) -> None:
     if len(line) > MOST_TEXT or (path.exists() and path.stat().st_size > MOST_FILE):
         raise UserError("This conversation is too long to be kept, or too much is kept already.")
     _append(path, line)
+
+
+def kept_on_hub(dataset: str) -> Path:
+    """A file of this process's own, which is added to a private data set every five minutes and at the end.
+
+    A Space keeps no files. Raises `UserError` where the token, HF_TOKEN, may not write there.
+    """
+    try:
+        keeper = CommitScheduler(repo_id=dataset, repo_type="dataset", folder_path="feedback", private=True)
+    except FAILURES as error:
+        raise UserError(f"{dataset} needs a token that may write there, as HF_TOKEN. {reason(error)}.") from None
+    return keeper.folder_path / f"{uuid.uuid4().hex}.jsonl"
 
 
 def read(path: Path) -> tuple[list[Feedback], list[int]]:

@@ -1,6 +1,6 @@
-"""Pushing a model to the Hugging Face Hub: the check before a run that it will be possible, and the push after it.
+"""Pushing to the Hugging Face Hub: the check beforehand that it will be possible, and the push itself.
 
-A push never costs the run: what fails ends in `PushError`, whose message holds the command that finishes it.
+A push never costs a run: what fails ends in `PushError`, whose message holds the command that finishes it.
 """
 
 import contextlib
@@ -30,23 +30,23 @@ FAILURES = (HTTPError, OSError, RuntimeError, ValueError)
 
 
 class PushError(UserError):
-    """A push that did not finish. The model lies whole in its folder, and the message says how to go on."""
+    """A push that did not finish. What was to be pushed is whole, and the message says how to go on."""
 
     exit_code = 3
 
 
-def check_write(name: str, private: bool) -> str:
+def check_write(name: str, private: bool, kind: str = "model", **creation) -> str:
     """Makes sure that a later push can succeed: the token may write, and the repository exists or has been created.
 
-    `name` is NAME, which gets the user's namespace, or OWNER/NAME. Returns OWNER/NAME. Raises `UserError` for a
-    malformed name, no token or one that may not write there, no network, and for a repository that is public although
-    `private` was asked for.
+    `name` is NAME, which gets the user's namespace, or OWNER/NAME; kind: model, dataset or space; creation: more for
+    `HfApi.create_repo`. Returns OWNER/NAME. Raises `UserError` for a malformed name, no token or one that may not write
+    there, no network, and for a repository that is public although `private` was asked for.
     """
     try:
         validate_repo_id(name)
     except HFValidationError:
         raise UserError(
-            f"{name!r} is not a name for a model on the Hub. Use NAME or OWNER/NAME, with letters, digits, "
+            f"{name!r} is not a name for a {kind} on the Hub. Use NAME or OWNER/NAME, with letters, digits, "
             "'-', '_' and '.' only, such as dolly or acme/dolly."
         ) from None
     token = get_token()
@@ -56,21 +56,20 @@ def check_write(name: str, private: bool) -> str:
         raise UserError(f"The Hub token has characters that no token has. {LOG_IN}.")
 
     api = HfApi(token=token)
-    with _refusal_as(f"The Hub at {ENDPOINT} does not know this token. {LOG_IN}."):
+    with refusal_as(f"The Hub at {ENDPOINT} does not know this token. {LOG_IN}."):
         user = api.whoami()
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"The Hub token of {user['name']} may only read. {LOG_IN} that has the role `write`.")
     repo_id = name if "/" in name else f"{user['name']}/{name}"
     owners = " or ".join([user["name"], *(organisation["name"] for organisation in user.get("orgs", []))])
-    with _refusal_as(
+    with refusal_as(
         f"The Hub token of {user['name']} may not write to {repo_id}. Push as {owners}, or take another token."
     ):
-        api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: as the organisation prefers
-        api.auth_check(repo_id, write=True)  # create_repo is content with one that exists and is not ours
-        if private and not api.model_info(repo_id).private:
-            raise UserError(
-                f"{ENDPOINT}/{repo_id} exists and is public. Make it private in its settings, or take another name."
-            )
+        # private None: as the organisation prefers
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=kind, **creation)
+        api.auth_check(repo_id, repo_type=kind, write=True)  # create_repo is content with one that is not ours
+        if private and not api.repo_info(repo_id, repo_type=kind).private:
+            raise UserError(f"{url} exists and is public. Make it private in its settings, or take another name.")
     return repo_id
 
 
@@ -86,43 +85,47 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
             f"{folder} holds adapters alone, and their base is the folder {base}. Push that as a model of its own and "
             "train from its id, or train without --no-merge."
         )
-    api = HfApi()
-    waits = iter(WAITS)
+    command = ["python", "-m", "dolly", "push", str(folder), repo_id] + ["--private"] * private
+    return upload(
+        folder,
+        repo_id,
+        "model",
+        private,
+        f"The model is safe in {folder}. This sends what has not arrived yet:\n  {shlex.join(command)}",
+        ignore_patterns="train.yaml",  # it names folders of this machine
+        delete_patterns="*.safetensors*",  # transformers takes an old single file before new shards
+    )
+
+
+def upload(folder: Path, repo_id: str, kind: str, private: bool, remedy: str, **options) -> str:
+    """Uploads the files of a folder as one commit, tried again where that may help. Returns the repository's URL.
+
+    remedy: how to go on, for the message of `PushError`; options: more for `HfApi.upload_folder`.
+    """
+    api, waits = HfApi(), iter(WAITS)
     while True:
         try:
-            url = api.create_repo(repo_id, private=private or None, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                ignore_patterns="train.yaml",  # it names folders of this machine
-                delete_patterns="*.safetensors*",  # transformers takes an old single file before new shards
-                commit_message="Upload the model",
-            )
+            space = {"space_sdk": "gradio"} if kind == "space" else {}
+            url = api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True, **space)
+            message = f"Upload the {kind}"
+            api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message, **options)
             return str(url)
         except FAILURES as error:
             wait = next(waits, None)
             if wait is None or not _may_pass(error):
-                raise PushError(_unfinished(folder, repo_id, private, _reason(error))) from error
-            print(f"{_reason(error)}; trying again in {wait} s", file=sys.stderr)
+                raise PushError(f"The push did not finish: {reason(error)}.\n{remedy}") from error
+            print(f"{reason(error)}; trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
 
 
-def _unfinished(folder: Path, repo_id: str, private: bool, reason: str) -> str:
-    command = shlex.join(["python", "-m", "dolly", "push", str(folder), repo_id] + ["--private"] * private)
-    return (
-        f"The push did not finish: {reason}.\nThe model is safe in {folder}. This sends what has not arrived yet:\n"
-        f"  {command}"
-    )
-
-
 @contextlib.contextmanager
-def _refusal_as(message: str):
+def refusal_as(message: str):
     """Raises `UserError`: `message` where the Hub answers that one may not, the reason where something else fails."""
     try:
         yield
     except FAILURES as error:
         refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
-        raise UserError(message if refused else f"{_reason(error)}.") from None
+        raise UserError(message if refused else f"{reason(error)}.") from error
 
 
 def _may_pass(error: Exception) -> bool:
@@ -133,7 +136,7 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(cause, (HTTPError, json.JSONDecodeError))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What failed, for a person."""
     cause = _cause(error)
     if isinstance(cause, OfflineModeIsEnabled):

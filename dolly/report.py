@@ -168,13 +168,13 @@ def _data(facts: CardFacts) -> str:
     ]
     if facts.dropped:
         parts.append(f"Left out: {sum(facts.dropped.values()):,} records.")
-        parts.append(_table(("reason", "records"), _counts(facts.dropped)))
+        parts.append(table(("reason", "records"), counts(facts.dropped)))
     if len(facts.categories) > 1:
-        parts.append(_table(("category", "records"), _counts(facts.categories)))
+        parts.append(table(("category", "records"), counts(facts.categories)))
     return "\n\n".join(parts)
 
 
-def _counts(counter: Counter[str]) -> list[tuple[str, int]]:
+def counts(counter: Counter[str]) -> list[tuple[str, int]]:
     """The commonest, and the rest in one row: a reason may hold the column of a mistake, a user has any categories."""
     rows = [(name or "(none)", count) for name, count in counter.most_common(COUNT_ROWS)]
     rest = counter.total() - sum(count for _, count in rows)
@@ -194,11 +194,11 @@ def _training(facts: CardFacts) -> str:
             f"On the {facts.validation_records:,} held-out records (cross-entropy in nats, averaged over the tokens of "
             "the answers; perplexity is its exponential):"
         )
-        parts.append(_table(("fine-tuning", "loss", "perplexity"), rows))
+        parts.append(table(("fine-tuning", "loss", "perplexity"), rows))
         if len(facts.heldout_by_category) > 1:
             by_loss = sorted(facts.heldout_by_category.items(), key=lambda item: item[1][-1])[:COUNT_ROWS]
             rows = [(name or "(none)", f"{losses[0]:.3f}", f"{losses[-1]:.3f}") for name, losses in by_loss]
-            parts.append(_table(("category", "loss before", "after"), rows))
+            parts.append(table(("category", "loss before", "after"), rows))
     if facts.plain_text:
         before, after = facts.plain_text
         parts.append(
@@ -208,14 +208,14 @@ def _training(facts: CardFacts) -> str:
     if facts.quality:
         rows = [(name, *(f"{q[key]:{form}}" for q in facts.quality)) for name, key, form in QUALITY]
         parts.append(f"Its answers to {facts.quality[-1]['answers']} held-out prompts:")
-        parts.append(_table(("", "before", "after"), rows))
+        parts.append(table(("", "before", "after"), rows))
     if facts.history:
         parts.append("The loss on the way, averaged since the row above:")
-        parts.append(_table(("step", "training", "held out"), _curve(facts.history)))
+        parts.append(table(("step", "training", "held out"), _curve(facts.history)))
     told = [(name, value) for name, value in facts.settings.items() if name not in UNTOLD and value is not None]
     if told:
         parts.append("The settings:")
-        parts.append(_table(("setting", "value"), told))
+        parts.append(table(("setting", "value"), told))
     return "\n\n".join(parts)
 
 
@@ -239,19 +239,19 @@ def _samples(facts: CardFacts) -> str:
         return ""
     parts = ["The same prompts to the base model and to this one. The answers are not edited."]
     for sample in facts.samples:
-        parts.append(f"**Prompt**\n\n{_verbatim(sample['prompt'])}")
-        parts.append(f"Before:\n\n{_verbatim(sample['before'])}")
-        parts.append(f"After:\n\n{_verbatim(sample['after'])}")
+        parts.append(f"**Prompt**\n\n{verbatim(sample['prompt'])}")
+        parts.append(f"Before:\n\n{verbatim(sample['before'])}")
+        parts.append(f"After:\n\n{verbatim(sample['after'])}")
     return "\n\n".join(parts)
 
 
-def _verbatim(text: str) -> str:
+def verbatim(text: str) -> str:
     """A block whose fence is longer than any in the text."""
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{fence}text\n{text}\n{fence}"
 
 
-def _table(head: tuple[str, ...], rows) -> str:
+def table(head: tuple[str, ...], rows) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
 

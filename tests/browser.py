@@ -23,14 +23,14 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 
 @contextlib.contextmanager
-def app(*arguments) -> Iterator[str]:
-    """The address of `python app.py ARGUMENTS`, which runs until the end of the block."""
+def app(*arguments, folder: Path = ROOT, said: Path | None = None, **variables: str) -> Iterator[str]:
+    """The address of `python app.py ARGUMENTS`, which runs until the end of the block; it prints into `said`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
     command = [sys.executable, "app.py", "--port", str(port), *map(str, arguments)]
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with said.open("w+") if said else tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             yield answering(f"http://127.0.0.1:{port}", server, log)
         finally:

@@ -6,7 +6,7 @@ It speaks as much of the Hub's HTTP API as huggingface_hub 2, transformers 5 and
     repos       create (models, datasets, Spaces; private ones; 403 in a namespace of others), info, tree
     uploads     validate-yaml, preupload, LFS batch + PUT (sha256 checked) + verify, commits with deletions
     downloads   resolve with ETag, Range and LFS headers; revisions
-    Spaces      variables, secrets, hardware, runtime, restart, pause, sleeptime
+    Spaces      variables, secrets, hardware, runtime, logs, restart, pause, sleeptime
     faults      `hub.fail.append(Fault(...))`: the next matching requests fail with a status, or are cut off
 
 A client needs HF_ENDPOINT (before `import huggingface_hub`) and HF_TOKEN. Xet's own storage is not spoken: set
@@ -62,6 +62,8 @@ class Repo:
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # sha -> file name -> content, oldest first
     space: dict = field(default_factory=lambda: {"variables": {}, "secrets": {}, "hardware": "cpu-basic"})
+    stages: list[str] = field(default_factory=lambda: ["RUNNING"])  # that a Space goes through, one a request
+    logs: list[str] = field(default_factory=list)
 
     def at(self, revision: str = "main") -> tuple[str, dict[str, bytes]]:
         """The sha and the files of a revision."""
@@ -88,6 +90,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.fail: list[Fault] = []
+        self.stages: list[str] = []  # that a new Space goes through first
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -204,9 +207,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(409, f"You already created this {kind} repo", url=url)
         repo = self.hub.create(kind, repo_id, asked.get("visibility") == "private")
         repo.space["variables"] = {variable["key"]: variable for variable in asked.get("variables") or []}
+        repo.space["hardware"] = asked.get("hardware") or "cpu-basic"
+        repo.stages[:0] = self.hub.stages
         return {"url": url, "name": repo_id, "id": repo_id}
 
-    def repo_api(self, kinds: str, repo_id: str, verb: str | None, rest: str | None) -> dict | list:
+    def repo_api(self, kinds: str, repo_id: str, verb: str | None, rest: str | None) -> dict | list | bytes:
         """Everything at and below /api/models/OWNER/NAME, and the same for data sets and Spaces."""
         verb, rest = verb or "", rest or ""
         repo = self.visible(kinds, repo_id)
@@ -311,9 +316,11 @@ class _Handler(BaseHTTPRequestHandler):
         part = data[first : last + 1]
         return 206, part, headers | {"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"}
 
-    def space(self, repo: Repo, verb: str) -> dict:
-        if repo.kind != "space" or verb not in ("variables", "secrets", "hardware", *RUNTIME):
+    def space(self, repo: Repo, verb: str) -> dict | bytes:
+        if repo.kind != "space" or verb not in ("variables", "secrets", "hardware", "logs", *RUNTIME):
             raise HubError(404, f"Not found: {self.route}")
+        if verb == "logs":
+            return "".join(f"data: {json.dumps({'data': line})}\n\n" for line in repo.logs).encode()
         asked = json.loads(self.data or b"{}")
         if verb in ("variables", "secrets"):
             if self.command == "POST":
@@ -323,7 +330,8 @@ class _Handler(BaseHTTPRequestHandler):
             return repo.space[verb]
         flavor = repo.space["hardware"] = asked.get("flavor", repo.space["hardware"])
         hardware = {"current": flavor, "requested": flavor}
-        return {"stage": "RUNNING", "hardware": hardware, "sdk": "gradio", "storage": None, "gcTimeout": 172800}
+        stage = repo.stages.pop(0) if len(repo.stages) > 1 else repo.stages[0]
+        return {"stage": stage, "hardware": hardware, "sdk": "gradio", "storage": None, "gcTimeout": 172800}
 
 
 ROUTES = [

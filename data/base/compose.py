@@ -22,7 +22,7 @@ in the whole document; `{s.sells}` is one value of its cell, another one each ti
 x as the expansion of `phrase`, `{x}` repeats it; `{greeting}` is a phrase of that list (or a text of that name), again
 another one each time; `{2-4 tip}` is two to four of them as sentences, `{2-4 , tip}` as "a, b and c", `{2-4 - tip}` as
 lines with dashes, `{2-4 1 tip}` as numbered lines. `a(n)` becomes "a" or "an". The first letter of a sentence or line
-is made a capital, of a list of lines too. Every file's documents are the texts named `document`.
+is made a capital, of a list of lines too; HASTE tells of exceptions. Every file's documents are the texts named `document`.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import re
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "compose"
+HASTE = 0.06  # share of the documents whose first line is typed in a hurry: small letters, no full stop
 SECTION = re.compile(r"(table|list|text) (\w+)(?:: (.*)| (\d+))?$")
 CALL = re.compile(r"(?:(\d+)-(\d+) )?(?:([-,1]) )?(\w+)(?:\.(\w+))?$")
 
@@ -162,7 +163,11 @@ def tidy(text: str) -> str:
 
 def compose(grammar: dict, rng: random.Random) -> str:
     try:
-        return tidy(Document(grammar, rng).phrase("document"))
+        text = tidy(Document(grammar, rng).phrase("document"))
+        if rng.random() < HASTE:
+            first, *rest = text.split("\n", 1)
+            text = "\n".join([first.lower().removesuffix("."), *rest])
+        return text
     except (KeyError, AttributeError) as error:
         raise SystemExit(f"the grammar has no {error}") from None
 
