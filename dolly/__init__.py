@@ -4,7 +4,6 @@ The modules in reading order; each imports only from those named before it:
 
     errors, prompt, similar, records     what a mistake, a prompt, near-duplicates and a record are
     language, doctor, doctor_report      what is wrong with a file of records, by line
-    feedback                             from the chat back to the data
     config                               what a setting is
     launch                               what the first of several processes prepares for all
     packing, model, adapters             token rows; loading a base and saving the package; LoRA and QLoRA
@@ -14,6 +13,7 @@ The modules in reading order; each imports only from those named before it:
     prepare                              all that is known, and checked, before a model is loaded
     evaluate, curve                      measures of a model beside its base; whether more data would help
     report, hub, dataset, space          the cards; pushing models, data and Spaces to the Hugging Face Hub
+    feedback                             from the chat back to the data
     texts, chat                          the words of the Gradio page, and the page
 """
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, run
 
+from benchmarks.quality.__main__ import table
 from dolly import curve, evaluate
 from dolly import model as models
 from dolly.errors import UserError
@@ -199,3 +200,16 @@ def test_a_missing_harness_is_told(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(UserError, match="pip install lm_eval"):
         evaluate.harness(None, None, ["x"])
+
+
+def test_scores_of_answers_become_a_table():
+    rows = [
+        {"category": "tweet", "score": 4, "ended": True},
+        {"category": "tweet", "score": 1, "ended": True},
+        {"category": "other", "score": 3, "ended": False},
+    ]
+    assert table(rows).splitlines()[2:] == [
+        "| tweet | 2 | 2.50 | 50% | 100% |",
+        "| other | 1 | 3.00 | 100% | 0% |",
+        "| all | 3 | 2.67 | 67% | 67% |",
+    ]

@@ -22,7 +22,8 @@ in the whole document; `{s.sells}` is one value of its cell, another one each ti
 x as the expansion of `phrase`, `{x}` repeats it; `{greeting}` is a phrase of that list (or a text of that name), again
 another one each time; `{2-4 tip}` is two to four of them as sentences, `{2-4 , tip}` as "a, b and c", `{2-4 - tip}` as
 lines with dashes, `{2-4 1 tip}` as numbered lines. `a(n)` becomes "a" or "an". The first letter of a sentence or line
-is made a capital, of a list of lines too; HASTE tells of exceptions. Every file's documents are the texts named `document`.
+is made a capital, of a list of lines too; HASTE tells of exceptions. Every file's documents are the texts of the name
+`document`.
 """
 
 import argparse

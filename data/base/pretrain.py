@@ -24,7 +24,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 DECAY, LONG_ROWS = 0.7, 0.85  # where the decay with its mixture, and the long rows, begin
 MIXTURE = {"main": (0.35, 0.15), "simple": (0.15, 0.25), "composed": (0.5, 0.6)}  # shares before and in the decay
-WARMUP = 200  # steps
+WARMUP = 100  # steps
 
 
 class Rows:
