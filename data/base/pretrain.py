@@ -193,6 +193,7 @@ def main():
             losses, since = [], (tokens, spent)
             if (args.work / "seconds").exists():
                 seconds = float((args.work / "seconds").read_text())
+    save()
     if args.out:
         publish(model, args.out)
 
