@@ -3,7 +3,8 @@
 The modules in reading order; each imports only from those named before it:
 
     errors, prompt, similar, records     what a mistake, a prompt, near-duplicates and a record are
-    language, doctor, doctor_report      what is wrong with a file of records, by line
+    language, faults                     what is wrong with one record
+    doctor, doctor_report                what is wrong with a file of records, by line
     config                               what a setting is
     launch                               what the first of several processes prepares for all
     packing, model, adapters             token rows; loading a base and saving the package; LoRA and QLoRA

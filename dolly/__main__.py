@@ -60,7 +60,7 @@ if its front matter names the file.
 
 examples:
   python -m dolly push-data my.jsonl my-records --license cc-by-4.0
-  python -m dolly push-data data/feedback.jsonl acme/feedback --private
+  python -m dolly push-data my.jsonl acme/my-records --private
 
 exit codes: 0 pushed;  2 nothing was sent, the message says what to mend;  3 broke off, repeat it later
 """

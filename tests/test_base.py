@@ -9,15 +9,13 @@ import subprocess
 import sys
 import time
 
+import compose
 import numpy as np
 import pytest
 from conftest import ROOT
 from tokenizers import Tokenizer
 
 BASE = ROOT / "data" / "base"
-sys.path.insert(0, str(BASE))
-import compose  # noqa: E402
-
 GRAMMARS = sorted(path.stem for path in compose.FOLDER.glob("*.txt"))
 
 
