@@ -73,7 +73,8 @@ def sampling(config: TrainConfig) -> dict:
     how = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     if config.temperature == 0:
         how = {"do_sample": False}
-    return how | {"max_new_tokens": config.max_new_tokens, "repetition_penalty": config.repetition_penalty}
+    same = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
+    return how | {name: getattr(config, name) for name in same}
 
 
 def package_files(

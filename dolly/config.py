@@ -68,6 +68,9 @@ class TrainConfig:
     temperature: float = setting(0.7, "0 always takes the likeliest word")
     top_p: float = setting(0.9, "sample from the likeliest words of this total share")
     repetition_penalty: float = setting(1.0, "above 1 discourages words already used")
+    no_repeat_ngram_size: int = setting(
+        0, "no passage of so many tokens comes twice, not even the question's; 0: any may"
+    )
 
     push_to_hub: str | None = setting(None, "NAME or OWNER/NAME to push the model to at the end")
     private: bool = setting(False, "make the pushed repository private")
@@ -90,6 +93,7 @@ RANGES = {
     "weight_decay": (0, 1), "max_grad_norm": (1e-6, 1e6), "seed": (0, 2**63 - 1), "evaluations": (1, None),
     "checkpoint_every": (0, None), "lora_rank": (0, 4096), "lora_alpha": (1, None),
     "max_new_tokens": (1, None), "temperature": (0.01, 5, 0), "top_p": (0.01, 1), "repetition_penalty": (0.5, 3),
+    "no_repeat_ngram_size": (0, None),
 }  # fmt: skip
 
 EXAMPLES = """examples:

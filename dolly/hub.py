@@ -9,7 +9,9 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.constants import ENDPOINT
@@ -20,9 +22,11 @@ from dolly.errors import UserError
 
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN, with a token from https://huggingface.co/settings/tokens"
 
-# Seconds between attempts. huggingface_hub repeats most requests itself (five times over 23 s; Xet for 120 s and more),
-# but neither creating the repository, nor validating the card, nor, without Xet, the commit.
+# Seconds between attempts. huggingface_hub repeats some requests itself (five times over 23 s; Xet for 120 s and more),
+# but neither the account's nor the repository's, nor validating the card, nor, without Xet, the commit.
 WAITS = (1, 5, 20)
+LONGEST_WAIT = 600  # seconds; a Hub that asks for more (Retry-After) is told of instead
+Result = TypeVar("Result")
 
 # What huggingface_hub raises while it uploads: its HTTP client's errors, OSError for files and from Xet, RuntimeError
 # around a failed LFS transfer, ValueError for a card that the Hub refuses and for an answer that it cannot read.
@@ -57,7 +61,7 @@ def check_write(name: str, private: bool, kind: str = "model", **creation) -> st
 
     api = HfApi(token=token)
     with refusal_as(f"The Hub at {ENDPOINT} does not know this token. {LOG_IN}."):
-        user = api.whoami()
+        user = patiently(api.whoami)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"The Hub token of {user['name']} may only read. {LOG_IN} that has the role `write`.")
     repo_id = name if "/" in name else f"{user['name']}/{name}"
@@ -66,9 +70,11 @@ def check_write(name: str, private: bool, kind: str = "model", **creation) -> st
         f"The Hub token of {user['name']} may not write to {repo_id}. Push as {owners}, or take another token."
     ):
         # private None: as the organisation prefers
-        url = api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=kind, **creation)
-        api.auth_check(repo_id, repo_type=kind, write=True)  # create_repo is content with one that is not ours
-        if private and not api.repo_info(repo_id, repo_type=kind).private:
+        new = {"private": private or None, "exist_ok": True, "repo_type": kind} | creation
+        url = patiently(lambda: api.create_repo(repo_id, **new))
+        # create_repo is content with one that is not ours
+        patiently(lambda: api.auth_check(repo_id, repo_type=kind, write=True))
+        if private and not patiently(lambda: api.repo_info(repo_id, repo_type=kind)).private:
             raise UserError(f"{url} exists and is public. Make it private in its settings, or take another name.")
     return repo_id
 
@@ -102,20 +108,32 @@ def upload(folder: Path, repo_id: str, kind: str, private: bool, remedy: str, **
 
     remedy: how to go on, for the message of `PushError`; options: more for `HfApi.upload_folder`.
     """
-    api, waits = HfApi(), iter(WAITS)
-    while True:
+    api, space = HfApi(), {"space_sdk": "gradio"} if kind == "space" else {}
+
+    def attempt() -> str:
+        url = api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True, **space)
+        message = f"Upload the {kind}"
+        api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message, **options)
+        return str(url)
+
+    try:
+        return patiently(attempt)
+    except FAILURES as error:
+        raise PushError(f"The push did not finish: {reason(error)}.\n{remedy}") from error
+
+
+def patiently(attempt: Callable[[], Result]) -> Result:
+    """What `attempt` returns, tried again after `WAITS`, or what the Hub asks for, while its failures may pass."""
+    for pause in WAITS:
         try:
-            space = {"space_sdk": "gradio"} if kind == "space" else {}
-            url = api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True, **space)
-            message = f"Upload the {kind}"
-            api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message, **options)
-            return str(url)
+            return attempt()
         except FAILURES as error:
-            wait = next(waits, None)
-            if wait is None or not _may_pass(error):
-                raise PushError(f"The push did not finish: {reason(error)}.\n{remedy}") from error
+            wait = max(pause, _asked_wait(error))
+            if not _may_pass(error) or wait > LONGEST_WAIT:
+                raise
             print(f"{reason(error)}; trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
+    return attempt()
 
 
 @contextlib.contextmanager
@@ -129,11 +147,18 @@ def refusal_as(message: str):
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Whether the same request may succeed a little later; 409 and 412: another commit came in between."""
     cause = _cause(error)
     if isinstance(cause, HfHubHTTPError):
-        return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
+        return cause.response.status_code in (408, 409, 412, 429) or cause.response.status_code >= 500
     return isinstance(cause, (HTTPError, json.JSONDecodeError))
+
+
+def _asked_wait(error: Exception) -> int:
+    """Seconds that the Hub asks to wait (Retry-After, as it sends it); 0 where it says nothing."""
+    cause = _cause(error)
+    asked = cause.response.headers.get("Retry-After", "") if isinstance(cause, HfHubHTTPError) else ""
+    return int(asked) if asked.isdigit() else 0
 
 
 def reason(error: Exception) -> str:
@@ -143,7 +168,8 @@ def reason(error: Exception) -> str:
         return "HF_HUB_OFFLINE is set, so that the Hub is not asked; unset it to push"
     if isinstance(cause, HfHubHTTPError):
         said = cause.server_message or cause.response.reason_phrase
-        return f"The Hub at {ENDPOINT} answered {cause.response.status_code}: {said}"
+        later = f" (and to wait {wait} s)" if (wait := _asked_wait(error)) > LONGEST_WAIT else ""
+        return f"The Hub at {ENDPOINT} answered {cause.response.status_code}: {said}{later}"
     if isinstance(cause, HTTPError):
         return f"The Hub at {ENDPOINT} cannot be reached ({cause or type(cause).__name__})"
     if isinstance(cause, json.JSONDecodeError):

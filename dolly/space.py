@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -10,7 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from dolly.errors import UserError
-from dolly.hub import FAILURES, PushError, check_write, reason, refusal_as, upload
+from dolly.hub import FAILURES, PushError, check_write, patiently, reason, refusal_as, upload
 
 ROOT = Path(__file__).parent.parent
 FILES = ("app.py", "LICENSE", "data/examples.yaml", "dolly/*.py")  # beside README.md and requirements.txt
@@ -40,7 +41,7 @@ def deploy(name: str, model: str, hardware: str | None, private: bool, feedback:
     """
     api = HfApi()
     with refusal_as(f"{model} is not a model on the Hub that you may read. Push it first: python -m dolly push"):
-        hidden = api.model_info(model).private
+        hidden = patiently(lambda: api.model_info(model)).private
     variables = {"DOLLY_MODEL": model}
     if feedback:
         variables["DOLLY_FEEDBACK"] = check_write(feedback, private=True, kind="dataset")
@@ -85,13 +86,13 @@ def gather(folder: Path, model: str) -> None:
 def _set(api: HfApi, repo_id: str, variables: dict[str, str], hardware: str | None) -> None:
     """What `create_repo` sets for a new Space only."""
     with refusal_as(f"The Hub does not let you change {repo_id}."):
-        known = {key: variable.value for key, variable in api.get_space_variables(repo_id).items()}
+        known = patiently(lambda: api.get_space_variables(repo_id))
         for key, value in variables.items():
-            if known.get(key) != value:
-                api.add_space_variable(repo_id, key, value)
+            if key not in known or known[key].value != value:
+                patiently(partial(api.add_space_variable, repo_id, key, value))
     with refusal_as(f"The Hub does not give {repo_id} the hardware {hardware}: see https://huggingface.co/pricing."):
-        if hardware and hardware not in (api.get_space_runtime(repo_id).requested_hardware or ""):
-            api.request_space_hardware(repo_id, hardware)
+        if hardware and hardware not in (patiently(lambda: api.get_space_runtime(repo_id)).requested_hardware or ""):
+            patiently(lambda: api.request_space_hardware(repo_id, hardware))
 
 
 def _wait(api: HfApi, repo_id: str, url: str) -> None:

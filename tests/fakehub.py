@@ -38,12 +38,20 @@ CUT_OFF = 0  # a Fault's status: the connection ends without an answer
 
 @dataclass
 class Fault:
-    """Answers the next `times` requests whose "METHOD /path" matches `pattern` with `status` and `body`."""
+    """Answers requests whose "METHOD /path" matches `pattern` with `status`: after `skip` of them, the next `times`."""
 
     pattern: str
     status: int
     body: bytes = b'{"error": "fault"}'
     times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+    skip: int = 0
+
+    def strikes(self, request: str) -> bool:
+        if not re.search(self.pattern, request):
+            return False
+        self.skip -= 1
+        return self.skip < 0
 
 
 class HubError(Exception):
@@ -132,6 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
     """A method of a route returns the body of its answer, or raises `HubError`."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # header and body are written apart: 40 ms an answer otherwise
     hub: Hub
 
     def log_message(self, *args) -> None:
@@ -143,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.role = ROLES.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
         request = f"{self.command} {self.route}"
         self.hub.requests.append(request)
-        if fault := next((fault for fault in self.hub.fail if re.search(fault.pattern, request)), None):
+        if fault := next((fault for fault in self.hub.fail if fault.strikes(request)), None):
             return self.send_fault(fault)
         try:
             return self.send(*self.routed())
@@ -177,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.status == CUT_OFF:
             self.close_connection = True
         else:
-            self.send(fault.status, fault.body, {})
+            self.send(fault.status, fault.body, fault.headers)
 
     def whoami(self) -> dict:
         if not self.role:

@@ -135,10 +135,31 @@ def test_a_push_that_broke_off_is_finished_by_the_command_it_prints(package, tmp
         assert "model.safetensors" in repo.at()[1]
 
 
+def test_every_fault_at_every_request_ends_in_a_whole_repository_or_can_be_gone_on_with(package, tmp_path):
+    before = {path.name: path.read_bytes() for path in package.iterdir()}
+    run = python(["tests/every_fault.py", package], tmp_path, PYTHONPATH=".")
+    assert run.returncode == 0, run.stderr
+    tries = [json.loads(line) for line in run.stdout.splitlines()]
+    requests = list(dict.fromkeys(one["at"] for one in tries))
+    assert len(requests) >= 10
+    assert len(tries) == 8 * len(requests)
+    first_sent = next(one["at"] for one in tries if "tree" in one["request"]) - 1  # it creates the repository again
+    weights = next(one["at"] for one in tries if "/_lfs/" in one["request"])
+    for one in tries:
+        assert one["whole"], one
+        assert "Traceback" not in one["said"]
+        assert one["code"] == (0 if not one["lasting"] else 2 if one["at"] < first_sent else 3), one
+        if one["code"] == 3:
+            assert one["said"].splitlines()[-1] == f"  python -m dolly push '{package}' alice/dolly"
+        if one["at"] != weights:
+            assert one["sent"] == 1, one
+    assert {path.name: path.read_bytes() for path in package.iterdir()} == before
+
+
 def test_a_card_that_the_hub_refuses_is_not_tried_again(package, tmp_path):
     with Hub() as hub:
         hub.fail = [Fault("validate-yaml", 400, b'{"errors": [{"message": "license must be known"}]}')]
-        run = python([*MODULE, "push", package, "dolly"], tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+        run = python([*MODULE, "one", package, "dolly"], tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
         assert run.returncode == 3
         assert "license must be known" in run.stderr
         assert len(hub.asked("validate-yaml")) == 1

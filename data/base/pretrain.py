@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 DECAY, LONG_ROWS = 0.7, 0.85  # where the decay with its mixture, and the long rows, begin
-MIXTURE = {"main": (0.35, 0.15), "simple": (0.15, 0.25), "composed": (0.5, 0.6)}  # shares before and in the decay
+MIXTURE = {"main": (0.2, 0.12), "simple": (0.1, 0.13), "composed": (0.7, 0.75)}  # shares before and in the decay
 WARMUP = 100  # steps
 
 
@@ -40,8 +40,8 @@ class Rows:
             self.context, offset = context, self.generator.integers(context)
             starts = offset + context * np.arange((len(self.ids) - offset - 1) // context)
             self.order = self.generator.permutation(starts).tolist()
-        starts = [self.order.pop() for _ in range(rows)]
-        return torch.from_numpy(np.stack([self.ids[s : s + context + 1] for s in starts]).astype(np.int64))
+        starts = np.array([self.order.pop() for _ in range(rows)], dtype=np.int64)
+        return torch.from_numpy(self.ids[starts[:, None] + np.arange(context + 1)].astype(np.int64))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -173,9 +173,9 @@ def main():
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * factor
-        source = choose.choice(sources, p=[shares[done >= DECAY] for shares in MIXTURE.values()])
         rows, context = (args.rows, 256) if done < LONG_ROWS else (args.rows // 2, 512)
-        ids = source.take(rows, context).to(device)
+        shares = choose.multinomial(rows, [shares[done >= DECAY] for shares in MIXTURE.values()])
+        ids = torch.cat([source.take(n, context) for source, n in zip(sources, shares, strict=True)]).to(device)
         loss = HeadLoss.apply(hidden_states(model, ids[:, :-1]), head, ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
