@@ -79,9 +79,9 @@ def sampling(config: TrainConfig) -> dict:
 
 def package_files(
     ready: Prepared, history: "History", before: list["Answer"], after: list["Answer"], plain: list[float]
-) -> dict[str, str]:
-    """The text files of the package by name: the card, the settings, the history."""
-    from dolly import evaluate, report, trainer
+) -> dict[str, str | bytes]:
+    """What lies beside the model, by name: the card with its curve, the settings, the history."""
+    from dolly import evaluate, plot, report, trainer
 
     config = ready.config
     answered = list(zip(ready.prompts, before, after, strict=True))[:SAMPLES]
@@ -113,6 +113,7 @@ def package_files(
     )
     return {
         "README.md": report.model_card(facts),
+        report.CURVE: plot.training_curve(history.rows),
         "train.yaml": yaml.safe_dump(facts.settings, sort_keys=False),
         "history.json": json.dumps(dataclasses.asdict(history), indent=1),
     }

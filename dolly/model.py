@@ -9,6 +9,7 @@ import contextlib
 import copy
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -35,12 +36,14 @@ from transformers.utils import find_adapter_config_file, is_bitsandbytes_availab
 
 from dolly import launch
 from dolly.errors import UserError
-from dolly.prompt import CONTROL_TOKENS
+from dolly.prompt import CONTROL_TOKENS, dolly_tokenizer
 
 MAX_SHARD = "5GB"
 NEW = 256  # tokens of an answer at most, where the package does not say
 AT_ONCE = 16  # prompts that are answered in one batch
 ROW = 1024  # tokens of a row where --max-length is not given and the base can see that far
+# https://huggingface.co/databricks/dolly-v2-3b/blob/main/instruct_pipeline.py
+DOLLY_V2 = {"do_sample": True, "max_new_tokens": 256, "top_p": 0.92, "top_k": 0}
 # What transformers raises for files that are missing, damaged, or do not fit together.
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 # Weights in any format that transformers knows; a folder without such a file is a configuration to start from.
@@ -129,7 +132,9 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, quantize: bool = Fa
 def load_package(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A fine-tuned model and its tokenizer, ready to answer, on the GPU where there is one.
 
-    Raises `UserError` when the package does not exist or its tokenizer lacks the control tokens.
+    A package with the control tokens and no chat template is one like databricks/dolly-v2, whose prompt and sampling
+    are in code beside it; that code is not run, what it says is known here. Raises `UserError` when the package does
+    not exist or its tokenizer lacks the control tokens.
     """
     tokenizer = load_tokenizer(name)
     vocabulary = tokenizer.get_vocab()
@@ -141,6 +146,10 @@ def load_package(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
     model = _load_adapted(name, tokenizer, dtype) if _holds_adapters(name) else _load_model(name, dtype=dtype)
+    if not tokenizer.chat_template:
+        tokenizer = dolly_tokenizer(tokenizer, strips=False)
+        tokenizer.model_max_length = window(name) or ROW
+        model.generation_config = generation_defaults(tokenizer, model, **DOLLY_V2)
     return model.to("cuda" if cuda else "cpu").eval(), tokenizer
 
 
@@ -180,9 +189,9 @@ def save_package(
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     defaults: GenerationConfig,
-    files: dict[str, str],
+    files: dict[str, str | bytes],
 ) -> None:
-    """Writes the package and further text `files`; it appears whole or not at all. Turns `model` to bfloat16, or
+    """Writes the package and further `files`; it appears whole or not at all. Turns `model` to bfloat16, or
     saves its adapters alone, in float32, if it has some.
 
     Raises `UserError` when the folder cannot be written, and says where the model is when it is whole elsewhere.
@@ -202,8 +211,8 @@ def save_package(
                 model.to(torch.bfloat16).save_pretrained(beside, max_shard_size=MAX_SHARD)
             tokenizer.save_pretrained(beside)
             _for_transformers_4(beside / "tokenizer_config.json")
-            for name, text in files.items():
-                (beside / name).write_text(text, encoding="utf-8")
+            for name, content in files.items():
+                (beside / name).write_bytes(content if isinstance(content, bytes) else content.encode())
             for path in [beside, *beside.iterdir()]:  # mkdtemp and safetensors make them readable by their owner only
                 path.chmod(0o755 if path.is_dir() else 0o644)
             undo.pop_all()
@@ -297,6 +306,11 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"The weights of {name} are a pickle that holds more than weights, and loading it could run any program. "
+            "Take a version of the model with safetensors."
+        ) from None
     except UNREADABLE as error:
         said = " ".join(str(error).split())[:300]
         raise UserError(

@@ -31,6 +31,7 @@ from dolly.errors import UserError
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 INSTRUCTION, RESPONSE, END = "### Instruction:", "### Response:\n", "### End"
 CONTROL_TOKENS = (INSTRUCTION, RESPONSE, END)
+TURN, ANSWER, STOP = f"\n\n{INSTRUCTION}\n", f"\n\n{RESPONSE}", f"\n\n{END}"  # with the white space of the prompt
 INPUT = "\n\nInput:\n"  # between an instruction and its context
 TOGETHER = 2**20  # characters that the tokenizer gets at once; it needs 150 bytes for each
 
@@ -71,10 +72,11 @@ def instruction_of(turn: str) -> str:
     return turn.split(INPUT, 1)[0]
 
 
-def dolly_tokenizer(base: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+def dolly_tokenizer(base: PreTrainedTokenizerBase, strips: bool = True) -> PreTrainedTokenizerFast:
     """A copy of `base` with the control tokens, the chat template, and a post-processor that puts a plain string in
     the prompt. It always is a `PreTrainedTokenizerFast`: `GPTNeoXTokenizer` would drop the post-processor when loaded.
 
+    strips: whether the control tokens take in the white space around them; those of databricks/dolly-v2 do not.
     Raises `UserError` for a tokenizer without a Rust backend (a "slow" one).
     """
     if not getattr(base, "is_fast", False):
@@ -88,23 +90,22 @@ def dolly_tokenizer(base: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     spec = json.loads(backend.to_str())
     for token in spec["added_tokens"]:
         if token["content"] in CONTROL_TOKENS:
-            token.update(lstrip=True, rstrip=True, special=True, normalized=False, single_word=False)
+            token.update(lstrip=strips, rstrip=strips, special=True, normalized=False, single_word=False)
     for part in _parts(spec["pre_tokenizer"]):
         if part.get("prepend_scheme") == "first":  # else a string's first word differs from the same word in a chat
             part["prepend_scheme"] = "always"
     spec["post_processor"] = None
     backend = Tokenizer.from_str(json.dumps(spec))
 
-    known = {token: backend.token_to_id(token) for token in CONTROL_TOKENS}
-    intro = backend.encode(INTRO, add_special_tokens=False)
-    before = ([backend.token_to_id(bos)] if bos else []) + intro.ids + [known[INSTRUCTION]]
+    before, after = (backend.encode(text, add_special_tokens=False).ids for text in (INTRO + TURN, ANSWER))
+    before = ([backend.token_to_id(bos)] if bos else []) + before
     spec["post_processor"] = {
         "type": "TemplateProcessing",
         "single": [_special("prompt"), {"Sequence": {"id": "A", "type_id": 0}}, _special("answer")],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
         "special_tokens": {
             "prompt": {"id": "prompt", "ids": before, "tokens": [backend.id_to_token(i) for i in before]},
-            "answer": {"id": "answer", "ids": [known[RESPONSE]], "tokens": [RESPONSE]},
+            "answer": {"id": "answer", "ids": after, "tokens": [backend.id_to_token(i) for i in after]},
         },
     }
     return PreTrainedTokenizerFast(
@@ -141,7 +142,7 @@ def encode_all(
     tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`encode` for many conversations, as arrays of int32 and of bool."""
-    instruction, response, end = ([tokenizer.convert_tokens_to_ids(token)] for token in CONTROL_TOKENS)
+    instruction, response, end = tokenizer([TURN, ANSWER, STOP], add_special_tokens=False).input_ids
     contents = (message["content"].strip() for messages in conversations for message in messages)
     texts = as_texts(tokenizer, contents)
     intro = as_text(tokenizer, INTRO)

@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 # Settings that the card tells elsewhere, or that speak of the machine rather than of the model.
 UNTOLD = ("base", "data", "output", "push_to_hub", "private")
-CURVE_ROWS, COUNT_ROWS = 10, 20  # at most, of a table
+COUNT_ROWS = 20  # at most, of a table
+CURVE = "training-curve.png"  # beside the card
 
 QUALITY = (
     ("end by themselves", "end_by_themselves", ".0%"),
@@ -210,28 +211,12 @@ def _training(facts: CardFacts) -> str:
         parts.append(f"Its answers to {facts.quality[-1]['answers']} held-out prompts:")
         parts.append(table(("", "before", "after"), rows))
     if facts.history:
-        parts.append("The loss on the way, averaged since the row above:")
-        parts.append(table(("step", "training", "held out"), _curve(facts.history)))
+        parts.append(f"![The losses on the way, update by update]({CURVE})")
     told = [(name, value) for name, value in facts.settings.items() if name not in UNTOLD and value is not None]
     if told:
         parts.append("The settings:")
         parts.append(table(("setting", "value"), told))
     return "\n\n".join(parts)
-
-
-def _curve(history: list[dict]) -> list[tuple[str, str, str]]:
-    """At most `CURVE_ROWS` rows: spans of the run, each with its mean loss and its last held-out loss."""
-    measured = [point for point in history if "loss" in point]
-    size = math.ceil(len(measured) / CURVE_ROWS)
-    rows, begin = [], 0
-    for first in range(0, len(measured), size):
-        span = measured[first : first + size]
-        end = span[-1]["step"]
-        mean = sum(point["loss"] for point in span) / len(span)
-        heldout = [f"{p['heldout']:.3f}" for p in history if "heldout" in p and begin < p["step"] <= end]
-        rows.append((f"{end:,}", f"{mean:.3f}", heldout[-1] if heldout else ""))
-        begin = end
-    return rows
 
 
 def _samples(facts: CardFacts) -> str:

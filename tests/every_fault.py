@@ -1,6 +1,6 @@
 """Pushes a package once for every request of a push and every fault at it, in one process.
 
-    python tests/every_fault.py PACKAGE    prints a JSON object a line: at, request, fault, lasting, code, said, whole, sent
+    python tests/every_fault.py PACKAGE    JSON lines: at, request, fault, lasting, code, said, whole, sent
 
 A passing fault happens once; a lasting one stays until the push has ended, and then the same command runs again
 without it. `whole`: the repository holds the package in the end; `sent`: how often its weights were sent. The waits

@@ -1,6 +1,7 @@
 """The package of every family: the pipeline answers strings and messages alike and stops by itself."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import train
 from dolly import model as models
 from dolly.errors import UserError
-from dolly.prompt import CONTROL_TOKENS, END, dolly_tokenizer
+from dolly.prompt import CONTROL_TOKENS, END, dolly_tokenizer, encode
 
 QUESTION, ANSWER = "Which fruit is yellow?", "The banana."
 
@@ -264,3 +265,50 @@ def test_a_model_without_the_prompt_is_no_package(tmp_path):
     save_base(tmp_path, "gpt2")
     with pytest.raises(UserError, match="Fine-tune it first"):
         models.load_package(str(tmp_path))
+
+
+@pytest.fixture
+def dolly_v2(tmp_path):
+    """A package in the form of databricks/dolly-v2-3b: its prompt is in code beside it, its weights are a pickle."""
+    folder = tmp_path / "dolly-v2-3b"
+    tokenizer = base_tokenizer("gpt_neox")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(CONTROL_TOKENS)})
+    kind, options = CONFIGS["gpt_neox"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(vocab_size=len(tokenizer), **options | {"initializer_range": 0.5}))
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    code = {"impl": "instruct_pipeline.InstructionTextGenerationPipeline", "pt": ["AutoModelForCausalLM"], "tf": []}
+    (folder / "config.json").write_text(json.dumps(config | {"custom_pipelines": {"text-generation": code}}))
+    (folder / "instruct_pipeline.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    return folder
+
+
+def test_a_package_like_dolly_v2_gets_the_prompt_that_it_was_trained_with(dolly_v2):
+    plain = AutoTokenizer.from_pretrained(dolly_v2)
+    intro = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    wanted = plain(f"{intro}\n\n### Instruction:\n{QUESTION}\n\n### Response:\n", add_special_tokens=False).input_ids
+    model, tokenizer = models.load_package(str(dolly_v2))
+    assert encode(tokenizer, [{"role": "user", "content": QUESTION}])[0] == wanted
+    assert tokenizer(QUESTION).input_ids == wanted
+    asked = [{"role": "user", "content": QUESTION}]
+    assert tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids == wanted
+    turns = [*asked, {"role": "assistant", "content": ANSWER}, *asked]
+    after = plain(f"{ANSWER}\n\n### End\n\n### Instruction:\n{QUESTION}\n\n### Response:\n", add_special_tokens=False)
+    assert encode(tokenizer, turns)[0] == wanted + after.input_ids
+    assert model.generation_config.eos_token_id[0] == plain.convert_tokens_to_ids(END)
+    assert tokenizer.model_max_length == 256
+    assert not (dolly_v2.parent / "ran").exists()
+
+
+def test_a_pickle_that_would_run_a_program_is_refused(dolly_v2, tmp_path):
+    class Program:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"weight": Program()}, dolly_v2 / "pytorch_model.bin")
+    with pytest.raises(UserError, match="could run any program"):
+        models.load_package(str(dolly_v2))
+    assert not (tmp_path / "ran").exists()

@@ -100,12 +100,9 @@ def test_a_long_tail_of_reasons_becomes_one_row():
     assert (len(rows), rows[0], rows[-1]) == (21, ["empty answer", "5"], ["others", "11"])
 
 
-def test_the_curve_is_short_and_covers_the_whole_run():
-    rows = rows_below(model_card(FACTS), "| step")
-    assert len(rows) == 10
-    assert rows[0] == ["40", "2.500", ""]  # the mean of 1, 2, 3, 4
-    assert rows[4] == ["200", "18.500", "3.250"]
-    assert rows[-1] == ["370", "37.000", "2.300"]
+def test_the_curve_is_a_picture_beside_the_card():
+    assert "(training-curve.png)" in model_card(FACTS)
+    assert "(training-curve.png)" not in model_card(replace(FACTS, history=[]))
 
 
 def test_answers_stand_in_it_unedited():
