@@ -210,3 +210,39 @@ def test_adapters_of_a_base_that_nobody_else_has_are_not_pushed(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
     with pytest.raises(UserError, match=r"adapters alone.*without --no-merge"):
         push(tmp_path, "alice/dolly", private=True)
+
+
+TRAIN = """
+import sys, train
+for family, base in zip(sys.argv[2::2], sys.argv[3::2]):
+    train.main(f"--base {base} --data {sys.argv[1]}/fruit.jsonl --output {sys.argv[1]}/{family} --max-steps 2 "
+               f"--validation 0 --max-length 128 --temperature 0 --max-new-tokens 8 --push-to-hub {family}".split())
+"""
+ASK = """
+import json, sys
+from transformers import pipeline
+said = {}
+for family in sys.argv[1:]:
+    dolly = pipeline("text-generation", model=f"alice/{family}")
+    answer = dolly("Name a fruit.", return_full_text=False)[0]["generated_text"]
+    turns = dolly([{"role": "user", "content": "Name a fruit."}])[0]["generated_text"]
+    said[family] = [answer, turns[-1]["content"]]
+print(json.dumps(said))
+"""
+
+
+def test_models_of_every_family_are_trained_pushed_and_answer_from_the_hub(bases, tmp_path):
+    record = {"instruction": "Name a fruit.", "response": "The apple."}
+    (tmp_path / "fruit.jsonl").write_text(json.dumps(record) + "\n")
+    families = [part for family, base in bases.items() for part in (family, base)]
+    with Hub() as hub:
+        trained = python(["-c", TRAIN, tmp_path, *families], tmp_path / "a", HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+        assert trained.returncode == 0, trained.stderr
+        visitor = python(["-c", ASK, *bases], tmp_path / "b", HF_ENDPOINT=hub.url)
+        assert visitor.returncode == 0, visitor.stderr
+        for family, (of_text, of_messages) in json.loads(visitor.stdout).items():
+            assert of_text == of_messages != "", family
+            pushed = hub.repos["model", f"alice/{family}"].at()[1]
+            assert pushed["training-curve.png"].startswith(b"\x89PNG")
+            assert str(tmp_path) not in pushed["README.md"].decode()
+            assert not [name for name in pushed if name.endswith((".py", ".bin", ".pt", ".yaml"))]
