@@ -15,7 +15,7 @@ demo: model
 model: .venv/users
 	@test -f models/demo/config.json || .venv/bin/python train.py --config configs/demo.yaml
 
-test: lint
+test: lint .venv/transformers-4
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
 lint: .venv/developers
@@ -35,6 +35,12 @@ bench-training: .venv/benchmarks
 
 .venv/developers: .venv/users requirements-dev.txt
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+# Packages are tested in transformers 4 too, with the torch of .venv.
+.venv/transformers-4: .venv/developers
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+	  transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 requests==2.32.5 urllib3==2.6.3 charset-normalizer==3.4.4
 	@touch $@
 
 .venv/benchmarks: .venv/users benchmarks/requirements.txt

@@ -34,6 +34,7 @@ CONFIGS = {
     "qwen3": (Qwen3Config, SMALL | {"max_position_embeddings": 256, "num_key_value_heads": 1, "head_dim": 16}),
 }
 FAMILIES = sorted(CONFIGS)
+QUESTION, ANSWER = "Which fruit is yellow?", "The banana."  # what `packages` have learned by heart
 
 
 def texts() -> list[str]:
@@ -121,3 +122,21 @@ def run(*args, timeout=120, **env) -> subprocess.CompletedProcess:
 def bases(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     return {family: save_base(folder / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def packages(bases, tmp_path_factory) -> dict[str, Path]:
+    """Of each family a model that has learned two answers by heart."""
+    import train
+
+    folder = tmp_path_factory.mktemp("packages")
+    rows = [{"instruction": QUESTION, "response": ANSWER}, {"instruction": "Which is red?", "response": "The cherry."}]
+    (folder / "fruit.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    for family in FAMILIES:
+        options = {
+            "base": bases[family], "data": folder / "fruit.jsonl", "output": folder / family, "validation": 0,
+            "epochs": 60, "max_length": 128, "batch_tokens": 256, "learning_rate": 1e-2, "dtype": "float32",
+            "temperature": 0, "max_new_tokens": 40,
+        }  # fmt: skip
+        train.main([part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))])
+    return {family: folder / family for family in FAMILIES}

@@ -10,37 +10,18 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import CONFIGS, FAMILIES, base_tokenizer, save_base
+from conftest import ANSWER, CONFIGS, FAMILIES, QUESTION, base_tokenizer, save_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-import train
 from dolly import model as models
 from dolly.errors import UserError
 from dolly.prompt import CONTROL_TOKENS, END, dolly_tokenizer, encode
 
-QUESTION, ANSWER = "Which fruit is yellow?", "The banana."
 
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "fruit.jsonl"
-    rows = [{"instruction": QUESTION, "response": ANSWER}, {"instruction": "Which is red?", "response": "The cherry."}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
-    return path
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def package(request, bases, records, tmp_path_factory):
-    """A model of the family that has learned two answers by heart."""
-    folder = tmp_path_factory.mktemp("packages") / request.param
-    options = {
-        "base": bases[request.param], "data": records, "output": folder, "validation": 0, "epochs": 60,
-        "max_length": 128, "batch_tokens": 256, "learning_rate": 1e-2, "dtype": "float32", "temperature": 0,
-        "max_new_tokens": 40,
-    }  # fmt: skip
-    train.main([part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))])
-    return folder
+@pytest.fixture(params=FAMILIES)
+def package(request, packages):
+    return packages[request.param]
 
 
 def test_the_pipeline_answers_a_string_and_messages_alike_and_stops(package):
