@@ -7,6 +7,7 @@ alone (see `dolly.adapters`) names its base, by Hub id or by the absolute path o
 
 import contextlib
 import copy
+import errno
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub import ModelCard, model_info, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -46,6 +48,7 @@ ROW = 1024  # tokens of a row where --max-length is not given and the base can s
 DOLLY_V2 = {"do_sample": True, "max_new_tokens": 256, "top_p": 0.92, "top_k": 0}
 # What transformers raises for files that are missing, damaged, or do not fit together.
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Weights in any format that transformers knows; a folder without such a file is a configuration to start from.
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.pth", "*.ckpt*", "*.h5", "*.msgpack", "*.gguf")
 # Their attention is in float32 for this reason (modeling_gptj.py), or overflows (the card of microsoft/phi-2).
@@ -312,6 +315,11 @@ def _explained(name: str) -> Iterator[None]:
             "Take a version of the model with safetensors."
         ) from None
     except UNREADABLE as error:
+        if getattr(error, "errno", None) in NO_ROOM:
+            raise UserError(
+                f"{name} finds no room in {HF_HUB_CACHE}: {error.strerror}. Make some there, or set HF_HOME to another "
+                "folder; what has arrived is not fetched again."
+            ) from None
         said = " ".join(str(error).split())[:300]
         raise UserError(
             f"{name} does not hold a model that transformers can load ({type(error).__name__}: {said}). If files are "

@@ -212,6 +212,27 @@ def test_adapters_of_a_base_that_nobody_else_has_are_not_pushed(tmp_path):
         push(tmp_path, "alice/dolly", private=True)
 
 
+LOAD = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+from dolly.errors import told_plainly
+with told_plainly():
+    from dolly.model import load_package
+    load_package("alice/dolly")
+"""
+
+
+def test_a_disk_that_is_full_while_a_model_is_fetched_is_told(package, tmp_path):
+    with Hub() as hub:
+        repo = hub.create("model", "alice/dolly")
+        repo.commit({path.name: path.read_bytes() for path in package.iterdir()})
+        full = python(["-c", LOAD, 200_000], tmp_path, HF_ENDPOINT=hub.url)
+        assert full.returncode == 2
+        assert f"alice/dolly finds no room in {tmp_path}" in full.stderr
+        assert "Traceback" not in full.stderr
+        assert python(["-c", LOAD, 10_000_000], tmp_path, HF_ENDPOINT=hub.url).returncode == 0
+
+
 TRAIN = """
 import sys, train
 for family, base in zip(sys.argv[2::2], sys.argv[3::2]):
