@@ -81,11 +81,12 @@ def package_files(
     ready: Prepared, history: "History", before: list["Answer"], after: list["Answer"], plain: list[float]
 ) -> dict[str, str | bytes]:
     """What lies beside the model, by name: the card with its curve, the settings, the history."""
-    from dolly import evaluate, plot, report, trainer
+    from dolly import evaluate, faults, plot, report, trainer
 
     config = ready.config
-    answered = list(zip(ready.prompts, before, after, strict=True))[:SAMPLES]
+    answered = zip(ready.prompts, before, after, strict=True)
     samples = [{"prompt": prompt, "before": b.text, "after": a.text} for prompt, b, a in answered]
+    samples = [sample for sample in samples if not faults.private("\n".join(sample.values()))][:SAMPLES]
     facts = report.CardFacts(
         name=ready.repo or Path(config.output).name,
         base=config.base,

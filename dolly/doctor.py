@@ -50,6 +50,7 @@ KINDS = {
     "empty": Kind("error", "has nothing where a text belongs", "write the text, or delete the line"),
     "too long": Kind("error", "is longer than a row of tokens", "shorten it, or raise --max-length"),
     "leak": Kind("error", "is, nearly, also in the other file", "delete it here: the measure would flatter the model"),
+    "secret": Kind("error", "holds a key to a service", "have the service withdraw the key, and delete it here"),
     "duplicate": Kind("warning", "says the same as an earlier record", "delete all but one"),
     "near-duplicate": Kind("warning", "is almost an earlier record", "look at both: rewrite one, or delete it"),
     "cut off": Kind("warning", "has an answer that stops within a sentence", "complete the answer"),

@@ -21,6 +21,12 @@ PHONE = re.compile(
     r"|\(\d{3,5}\) ?\d{3}[ .-]?\d{3,4}|\d{3}[.-]\d{3}[.-]\d{4}|0\d{2,4}[ /-]\d{3,4}[ -]?\d{3,5})(?![\w%]|[.,]\d)"
 )
 CARD = re.compile(r"(?<![\d.,])[3-6](?:[ -]?\d){12,18}(?![\d.,]?\d)")
+# Keys of Hugging Face, OpenAI and Anthropic, GitHub, AWS, Google and Slack, web tokens, private keys.
+SECRET = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[\w-]{20,}|gh[opsur]_[A-Za-z0-9]{36}|github_pat_\w{50,}|A[KS]IA[0-9A-Z]{16}"
+    r"|AIza[\w-]{35}|xox[abeprs]-[\w-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
 DIGITS = re.compile(r"\d[\d ().-]{6,}\d")
 INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ue000-\uf8ff\ufffd]")
 ENCODING = re.compile(
@@ -66,7 +72,9 @@ def faults(record: Record, text: str) -> Iterator[tuple[str, str]]:
             yield kind, around(text, match)
     if match := INVISIBLE.search(text):
         yield "encoding", around(text, match)
-    if match := _personal(text):
+    if match := SECRET.search(text):
+        yield "secret", match[0][:6] + "..."
+    if match := personal(text):
         yield "personal data", around(text, match)
     for prompt, answer in exchanges(record):
         if any(sign in answer for sign in GAPS) and (match := PLACEHOLDER.search(CODED.sub(" ", answer))):
@@ -83,7 +91,13 @@ def exchanges(record: Record) -> Iterator[tuple[str, str]]:
     return zip(turns[::2], turns[1::2], strict=True)
 
 
-def _personal(text: str) -> re.Match | None:
+def private(text: str) -> bool:
+    """Whether a text holds what nobody should publish unseen: a key to a service, or personal data."""
+    return bool(SECRET.search(text) or personal(text))
+
+
+def personal(text: str) -> re.Match | None:
+    """The first e-mail address, phone number or number of a payment card."""
     if "@" in text and (match := EMAIL.search(text)):
         return match
     if not DIGITS.search(text):

@@ -50,6 +50,11 @@ PLANTED = [
     ("personal data", {"instruction": "Whom do I ask?", "response": "Write to jane.roe@mailbox.net about it."}),
     ("personal data", {"instruction": "Whom do I call?", "response": "Call the porter on +44 20 7946 0123 first."}),
     ("personal data", {"instruction": "How do I pay?", "response": "They noted 4539 1488 0343 6467 on paper."}),
+    (
+        "secret",
+        {"instruction": "How do I log in?", "response": "With hf_aBcDeFgHiJkLmNoPqRsTuVwXyZaBcDeFgH, as always."},
+    ),
+    ("secret", {"instruction": "Which key is it?", "response": "-----BEGIN RSA PRIVATE KEY-----\nMIIEow=="}),
     ("encoding", {"instruction": "Where do we meet?", "response": "At the cafÃ© on the corner."}),
     ("encoding", {"instruction": "Who comes along?", "response": "Fish &amp; Chips, the band."}),
     ("encoding", {"instruction": "What was lost?", "response": "One letter of na\ufffdve was lost."}),
@@ -94,7 +99,7 @@ def wanted() -> dict[str, list[int]]:
 def test_every_planted_fault_is_found_at_its_line_and_nothing_else(planted):
     found = examine(planted, 256, lambda records: [len(r.messages[-1]["content"]) // 4 for r in records])
     assert found.found == wanted()
-    assert found.count("error") == 4 and found.count("warning") == len(PLANTED) - 4
+    assert found.count("error") == 6 and found.count("warning") == len(PLANTED) - 6
     assert found.records == len(good()) + len(PLANTED) - 3
     assert found.over == {256: 1, 1024: 0, 2048: 0, 4096: 0, 8192: 0}  # by the count above
 

@@ -14,6 +14,7 @@ from fakehub import CUT_OFF, READ_TOKEN, TOKEN, Fault, Hub
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from dolly.errors import UserError
+from dolly.faults import SECRET
 from dolly.hub import push
 from dolly.model import generation_defaults, load_tokenizer, save_package
 from dolly.prompt import dolly_tokenizer
@@ -265,5 +266,8 @@ def test_models_of_every_family_are_trained_pushed_and_answer_from_the_hub(bases
             assert of_text == of_messages != "", family
             pushed = hub.repos["model", f"alice/{family}"].at()[1]
             assert pushed["training-curve.png"].startswith(b"\x89PNG")
-            assert str(tmp_path) not in pushed["README.md"].decode()
+            texts = [data.decode() for name, data in pushed.items() if name.endswith((".md", ".json", ".jinja"))]
+            assert not [text for text in texts if str(tmp_path) in text]
+            logs = (trained.stdout, trained.stderr)
+            assert not [text for text in (*texts, *logs) if SECRET.search(text) or TOKEN in text]
             assert not [name for name in pushed if name.endswith((".py", ".bin", ".pt", ".yaml"))]

@@ -21,7 +21,9 @@ def write(path, rows):
 
 
 def test_a_run_from_a_file_and_the_command_line(bases, tmp_path):
-    write(tmp_path / "data.jsonl", [*ROWS, "{broken", {"instruction": "Long", "response": "word " * 500}])
+    private = [row | {"instruction": row["instruction"] + " Ask jo@mailbox.net."} for row in ROWS[::2]]
+    rows = [*private, *ROWS[1::2], "{broken", {"instruction": "Long", "response": "word " * 500}]
+    write(tmp_path / "data.jsonl", rows)
     settings = {"base": str(bases["gpt_neox"]), "data": str(tmp_path / "data.jsonl"), "epochs": 9, "max_length": 200}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     options = ["--output", tmp_path / "out", "--epochs", 2, "--bad-records", "drop", "--validation", 0.2]
@@ -35,6 +37,7 @@ def test_a_run_from_a_file_and_the_command_line(bases, tmp_path):
     assert (stored["epochs"], stored["max_length"], stored["validation"]) == (2, 200, 0.2)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "longer than 200 tokens" in card and str(tmp_path) not in card
+    assert "**Prompt**" in card and "mailbox" not in card
 
 
 @pytest.mark.parametrize(
