@@ -13,7 +13,8 @@ The modules in reading order; each imports only from those named before it:
     trainer, engine                      the training loop; the token loop of the chat
     prepare                              all that is known, and checked, before a model is loaded
     evaluate, curve                      measures of a model beside its base; whether more data would help
-    report, hub, dataset, space          the cards; pushing models, data and Spaces to the Hugging Face Hub
+    plot, report                         the training curve; the card of a model
+    hub, dataset, space, llama_cpp       pushing models, data and Spaces to the Hugging Face Hub; a copy for llama.cpp
     feedback                             from the chat back to the data
     texts, chat                          the words of the Gradio page, and the page
 """

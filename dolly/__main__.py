@@ -43,6 +43,13 @@ examples:
 exit codes: 0 no errors (there may be warnings);  1 errors;  2 the file cannot be read at all
 """
 
+LLAMA_CPP_EXAMPLES = """\
+examples:
+  python -m dolly llama-cpp models/mine for-llama.cpp
+  python llama.cpp/convert_hf_to_gguf.py for-llama.cpp --outfile dolly.gguf
+  ollama create dolly -f Modelfile      # a Modelfile with the line: FROM ./dolly.gguf
+"""
+
 PUSH_EXAMPLES = """\
 Needs a token that may write: hf auth login, or HF_TOKEN.
 What has arrived is not sent again, so a push that broke off is finished by repeating it.
@@ -151,6 +158,12 @@ def _parser(curve: bool) -> argparse.ArgumentParser:
     command.add_argument("--private", action="store_true", help="for yourself or your organisation only")
     command.add_argument("--license", metavar="ID", help="as the Hub spells it, for the card: cc-by-4.0, for example")
     command.set_defaults(run=_push_data)
+
+    about = "Copies a model in the form that llama.cpp converts to GGUF, for Ollama and others."
+    command = commands.add_parser("llama-cpp", help=about, description=about, epilog=LLAMA_CPP_EXAMPLES, **layout)
+    command.add_argument("model", metavar="MODEL", type=Path, help="folder that train.py wrote")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="to be made")
+    command.set_defaults(run=_llama_cpp)
 
     about = "Opens a Space on the Hugging Face Hub: a page where everybody can chat with a model."
     command = commands.add_parser("space", help=about, description=about, epilog=SPACE_EXAMPLES, **layout)
@@ -290,6 +303,13 @@ def _push(options: argparse.Namespace) -> None:
         )
     repo_id = check_write(options.name, options.private)
     print(f"pushed to {push(options.model, repo_id, options.private)}")
+
+
+def _llama_cpp(options: argparse.Namespace) -> None:
+    from dolly.llama_cpp import prepare
+
+    prepare(options.model, options.folder)
+    print(f"{options.folder} is ready: python llama.cpp/convert_hf_to_gguf.py {options.folder} --outfile dolly.gguf")
 
 
 def _push_data(options: argparse.Namespace) -> None:

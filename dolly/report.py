@@ -41,8 +41,8 @@ The prompt and the place to stop are part of the tokenizer and of the generation
 A plain string is put into the prompt as well, so measure perplexity on raw text, or tokenize a conversation that
 `apply_chat_template` has already rendered, with `add_special_tokens=False`.
 
-As a server that speaks OpenAI's protocol: `transformers serve {name}`. As a chat in the browser, with Dolly's own
-code: `python app.py --model {name}`.
+As a server that speaks OpenAI's protocol: `transformers serve {name}` or `vllm serve {name}`. As a chat in the browser,
+with Dolly's own code: `python app.py --model {name}`.
 """
 
 LIMITS = """\

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from conftest import ANSWER, QUESTION, ROOT
+from conftest import ANSWER, QUESTION, ROOT, run
+from transformers import AutoTokenizer
 
 TRANSFORMERS_4 = ROOT / ".venv" / "transformers-4"  # of the Makefile
 ASK = """
@@ -72,3 +73,32 @@ def test_packages_answer_in_transformers_4_as_in_5(packages):
     assert said.pop("version").startswith("4.57")
     for package in packages.values():  # version 4 leaves the space before the first word of Llama's tokenizer
         assert [answer.lstrip() for answer in said[str(package)]] == [ANSWER, ANSWER]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "qwen3"])
+def test_the_copy_for_llama_cpp_has_the_ids_that_were_trained(family, bases, packages, tmp_path):
+    """llama.cpp tells tokenizers apart by the ids of a text, and keeps white space beside control tokens."""
+    copy = tmp_path / "copy"
+    done = run("-m", "dolly", "llama-cpp", packages[family], copy)
+    assert done.returncode == 0, done.stderr
+    base, trained, copied = map(AutoTokenizer.from_pretrained, (bases[family], packages[family], copy))
+    text = "\n \n\n \t 🚀 (normal) 3 33 333 ------====== I've been 'told he's there, 'RE you sure?"
+    assert copied.encode(text) == base.encode(text)
+    turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    for messages, more in ((turns[:1], True), (turns, False), ([*turns, turns[0]], True)):
+        wanted = trained.apply_chat_template(messages, add_generation_prompt=more).input_ids
+        rendered = copied.apply_chat_template(messages, add_generation_prompt=more, tokenize=False)
+        assert copied(rendered, add_special_tokens=False).input_ids == wanted
+    if family == "gpt_neox":
+        assert json.loads((copy / "config.json").read_text())["rotary_pct"] == 0.25
+    assert not (copy / "train.yaml").exists()
+
+
+def test_what_llama_cpp_does_not_take_is_refused(packages, bases, tmp_path):
+    for model, said in (
+        (packages["gptj"], "models of the type gptj"),
+        (bases["gpt2"], "not the folder of a model that"),
+    ):
+        done = run("-m", "dolly", "llama-cpp", model, tmp_path / "copy")
+        assert (done.returncode, (tmp_path / "copy").exists()) == (2, False)
+        assert said in done.stderr and "Traceback" not in done.stderr

@@ -41,7 +41,7 @@ def test_every_file_that_the_readme_names_exists(link):
 
 def test_every_option_in_the_readme_exists():
     known = run("train.py", "--help").stdout + run("app.py", "--help").stdout
-    for command in ("check", "evaluate", "review", "push", "push-data", "space"):
+    for command in ("check", "evaluate", "review", "push", "push-data", "llama-cpp", "space"):
         known += run("-m", "dolly", command, "--help").stdout
     lines = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
     options = {option for line in lines if not line.startswith("hf") for option in re.findall(r"(--[a-z-]+)", line)}
