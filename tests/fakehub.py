@@ -1,10 +1,11 @@
-"""A Hugging Face Hub in one process, of the standard library alone, to test pushes against without a network.
+"""A Hugging Face Hub in one process, of the standard library and PyYAML, to test pushes against without a network.
 
 It speaks as much of the Hub's HTTP API as huggingface_hub 2, transformers 5 and gradio 6 use:
 
     account     whoami, with a token that may write and one that may only read; organisations; auth-check
     repos       create (models, datasets, Spaces; private ones; 403 in a namespace of others), info, tree
-    uploads     validate-yaml, preupload, LFS batch + PUT (sha256 checked) + verify, commits with deletions
+    cards       validate-yaml, by the rules of the documentation
+    uploads     preupload, LFS batch + PUT (sha256 checked) + verify, commits with deletions
     downloads   resolve with ETag, Range and LFS headers; revisions
     Spaces      variables, secrets, hardware, runtime, logs, restart, pause, sleeptime
     faults      `hub.fail.append(Fault(...))`: the next matching requests fail with a status, or are cut off
@@ -25,6 +26,8 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from card_rules import mistakes
 
 USER, ORGANISATION = "alice", "acme"
 TOKEN, READ_TOKEN = "hf_fakeWrite", "hf_fakeRead"
@@ -257,6 +260,9 @@ class _Handler(BaseHTTPRequestHandler):
     # uploads
 
     def validate_yaml(self) -> dict:
+        asked = json.loads(self.data)
+        if errors := list(mistakes(asked["content"], asked["repoType"])):
+            raise HubError(400, "Invalid metadata in README.md", errors=[{"message": error} for error in errors])
         return {"errors": [], "warnings": []}
 
     def preupload(self, repo: Repo, sha: str, files: dict[str, bytes], path: str) -> dict:

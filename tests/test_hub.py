@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,11 +159,13 @@ def test_every_fault_at_every_request_ends_in_a_whole_repository_or_can_be_gone_
 
 
 def test_a_card_that_the_hub_refuses_is_not_tried_again(package, tmp_path):
+    shutil.copytree(package, tmp_path / "model")
+    card = tmp_path / "model" / "README.md"
+    card.write_text(card.read_text().replace("license: apache-2.0", "license: mine"))
     with Hub() as hub:
-        hub.fail = [Fault("validate-yaml", 400, b'{"errors": [{"message": "license must be known"}]}')]
-        run = python([*MODULE, "one", package, "dolly"], tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+        run = python([*MODULE, "push", tmp_path / "model", "dolly"], tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
         assert run.returncode == 3
-        assert "license must be known" in run.stderr
+        assert "license" in run.stderr and "is not valid: 'mine'" in run.stderr
         assert len(hub.asked("validate-yaml")) == 1
 
 
