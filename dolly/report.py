@@ -45,6 +45,23 @@ As a server that speaks OpenAI's protocol: `transformers serve {name}` or `vllm 
 with Dolly's own code: `python app.py --model {name}`.
 """
 
+USE_ADAPTERS = """\
+These are adapters alone: they are loaded with their base, by peft or by Dolly (`python app.py --model {name}`).
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}"){where}
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+prompt = tokenizer("{prompt}", return_tensors="pt")
+answer = model.generate(**prompt, generation_config=GenerationConfig.from_pretrained("{name}"))
+print(tokenizer.decode(answer[0, prompt.input_ids.shape[1] :], skip_special_tokens=True))
+```
+
+The prompt is part of the tokenizer, the place to stop of the generation settings.
+"""
+
 LIMITS = """\
 - It states falsehoods as fluently and as confidently as facts, the more so the smaller the model. Check what matters.
 - It knows what its base model and its training records hold: nothing later, and it looks nothing up.
@@ -157,7 +174,8 @@ def _use(facts: CardFacts) -> str:
     plain = (prompt for prompt in facts.examples.values() if prompt.isprintable() and not set('"\\') & set(prompt))
     prompt = next(plain, "Write a tweet announcing a new bakery.")
     where = "" if "/" in facts.name else "  # the path of this folder, or its id on the Hub"
-    return USE.format(name=facts.name, prompt=prompt, where=where)
+    alone = facts.settings.get("lora_rank") and not facts.settings.get("merge", True)
+    return (USE_ADAPTERS if alone else USE).format(name=facts.name, prompt=prompt, where=where)
 
 
 def _data(facts: CardFacts) -> str:

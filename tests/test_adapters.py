@@ -17,6 +17,7 @@ from dolly.adapters import add_adapters, merged
 from dolly.errors import UserError
 from dolly.packing import IGNORED
 from dolly.prompt import CONTROL_TOKENS, END, dolly_tokenizer, encode
+from dolly.report import CardFacts, model_card
 
 QUESTION, ANSWER = "Which fruit is yellow?", "The banana."
 TIED = ["gpt2", "qwen3 tied"]
@@ -216,6 +217,19 @@ def test_the_package_gives_the_same_logits_wherever_it_is_loaded(package):
         torch.testing.assert_close(logits(pipe.model, tokenizer), expected, rtol=1e-4, atol=1e-4)
         said = pipe(QUESTION, generation_config=GenerationConfig.from_pretrained(folder))
         assert said[0]["generated_text"].startswith(QUESTION)
+
+
+def test_the_code_in_the_card_of_adapters_alone_answers(package, capsys):
+    folder = str(package[0])
+    facts = {"data": "my.jsonl", "train_records": 1, "validation_records": 0, "steps": 1, "tokens": 1, "seconds": 1.0}
+    settings = {"lora_rank": 4, "merge": False}
+    text = model_card(
+        CardFacts(
+            name=folder, base="me/base", license=None, settings=settings, hardware="CPU", dtype="bfloat16", **facts
+        )
+    )
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_base_given_by_a_relative_path_is_found_from_anywhere(made, tmp_path, monkeypatch):
