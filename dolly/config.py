@@ -24,6 +24,7 @@ def setting(default, help: str):
 class TrainConfig:
     base: str = setting("data/base", "model to fine-tune: a folder, or an id on the Hugging Face Hub")
     data: str = setting("data/instructions.jsonl", "records: .jsonl, .json, .csv, .parquet, .txt or a Hub id")
+    extra_data: str | None = setting(None, "more records to learn from, none of which is held out")
     output: str = setting("models/dolly", "folder to write; it must not exist or be empty")
     validation: float = setting(0.05, "share of the records held out to measure the result")
     max_length: int | None = setting(None, "tokens of the longest record (the base's limit, at most 1024)")

@@ -5,7 +5,7 @@ Everything that can be wrong is found out here, in seconds; then the base is mad
 
 import importlib.util
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,13 +73,21 @@ def prepare(argv: list[str], push: bool = True) -> Prepared:
     length = models.row_length(config.base, config.max_length)
 
     read, broken = records.read_records(config.data)
-    texts_only = bool(read) and all(record.text is not None for record in read)
+    extra, broken_extra = records.read_records(config.extra_data) if config.extra_data else ([], [])
+    texts_only = bool(read) and all(record.text is not None for record in read + extra)
     tokenizer = base_tokenizer if texts_only else dolly_tokenizer(base_tokenizer)
     tokenizer.model_max_length = length
     train_part, heldout_part = records.split(read, config.validation)
     training, long = packing.tokenize(train_part, tokenizer, length, base_tokenizer)
     heldout, long_too = packing.tokenize(heldout_part, tokenizer, length, base_tokenizer)
-    dropped = sort_out(broken + long + long_too, len(read) + len(broken), config)
+    dropped = sort_out(broken + long + long_too, len(read) + len(broken), config.data, config.bad_records)
+    if config.extra_data:
+        unseen = records.unlike(extra, heldout_part)
+        more, long = packing.tokenize(unseen, tokenizer, length, base_tokenizer)
+        dropped += sort_out(broken_extra + long, len(extra) + len(broken_extra), config.extra_data, config.bad_records)
+        if like := len(extra) - len(unseen):
+            print(f"{config.extra_data}: {like:,} are left out, which are like held-out records")
+        training += [replace(document, line=-document.line) for document in more]  # a number of its own
     if not training:
         raise UserError(f"{config.data} has no record left to train on: all {len(read) + len(broken)} were dropped.")
     tell_cuts(training + heldout)
@@ -110,19 +118,19 @@ def check_launch(config: TrainConfig) -> None:
         raise UserError("--optimizer adamw-8bit needs bitsandbytes: pip install bitsandbytes")
 
 
-def sort_out(problems, total: int, config: TrainConfig) -> Counter:
-    """Counts the records that are left out, by reason; raises `UserError` unless the settings say to drop them."""
+def sort_out(problems, total: int, source: str, bad_records: str) -> Counter:
+    """Counts the records that are left out, by reason; raises `UserError` unless `bad_records` says to drop them."""
     from dolly.records import explain
 
     problems = sorted(problems, key=lambda problem: problem.line)
-    if problems and config.bad_records == "stop":
+    if problems and bad_records == "stop":
         remedy = "Mend them, or leave them out with --bad-records drop."
         if any(problem.what.startswith("longer") for problem in problems):
             remedy += " A larger --max-length takes longer ones, as far as the base can see."
-        raise UserError(explain(problems, config.data, total, remedy))
-    print(f"{config.data}: {total - len(problems):,} records kept, {len(problems):,} dropped")
+        raise UserError(explain(problems, source, total, remedy))
+    print(f"{source}: {total - len(problems):,} records kept, {len(problems):,} dropped")
     if problems:
-        print(explain(problems, config.data, total, "They are left out, as --bad-records drop asks."))
+        print(explain(problems, source, total, "They are left out, as --bad-records drop asks."))
     return Counter(problem.what for problem in problems)
 
 

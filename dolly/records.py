@@ -110,6 +110,16 @@ def split(records: list[Record], fraction: float) -> tuple[list[Record], list[Re
     return (training, [r for r, p in zip(records, places, strict=True) if p <= bound]) if training else (records, [])
 
 
+def unlike(records: list[Record], heldout: list[Record]) -> list[Record]:
+    """The records that neither ask the question of a held-out one nor are a near-duplicate of one."""
+    asked, near = {question(record)[1] for record in heldout}, set()
+    for text_of in (whole_text, first_prompt):
+        sketches = Sketches()
+        sketches.add((text_of(record),) for record in heldout + records)
+        near |= {b - len(heldout) for a, b in sketches.pairs().tolist() if a < len(heldout) <= b}
+    return [record for at, record in enumerate(records) if at not in near and question(record)[1] not in asked]
+
+
 def spread(items: list, count: int) -> list:
     """At most `count` of the items, from all over the list."""
     return [items[len(items) * i // count] for i in range(count)] if len(items) > count else items

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 # Settings that the card tells elsewhere, or that speak of the machine rather than of the model.
-UNTOLD = ("base", "data", "output", "push_to_hub", "private")
+UNTOLD = ("base", "data", "extra_data", "output", "push_to_hub", "private")
 COUNT_ROWS = 20  # at most, of a table
 CURVE = "training-curve.png"  # beside the card
 
@@ -117,14 +117,14 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
-    data_id = _hub_id(facts.data)
+    data_ids = [_hub_id(data) for data in (facts.data, facts.settings.get("extra_data")) if data]
     results = None
     if facts.heldout_after is not None:
         results = [
             EvalResult(
                 task_type="text-generation",
                 task_name="Text Generation",
-                dataset_type=data_id or _name(facts.data),
+                dataset_type=data_ids[0] or _name(facts.data),
                 dataset_name=_name(facts.data),
                 dataset_split="validation",
                 metric_type="loss",
@@ -137,7 +137,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         model_name=facts.name.split("/")[-1],
         base_model=base,
         base_model_relation="finetune" if base else None,
-        datasets=[data_id] if data_id and "/" in data_id else None,
+        datasets=[data_id for data_id in data_ids if data_id and "/" in data_id] or None,
         language="en",
         library_name="transformers",
         license=facts.license,
@@ -179,10 +179,10 @@ def _use(facts: CardFacts) -> str:
 
 
 def _data(facts: CardFacts) -> str:
-    data_id = _hub_id(facts.data)
-    name = f"[{data_id}](https://huggingface.co/datasets/{data_id})" if data_id else f"`{_name(facts.data)}`"
+    extra = facts.settings.get("extra_data")
+    names = " and, nothing of it held out, ".join(map(_linked_data, filter(None, (facts.data, extra))))
     parts = [
-        f"{name}: {facts.train_records:,} records to learn from, and {facts.validation_records:,} held out, "
+        f"{names}: {facts.train_records:,} records to learn from, and {facts.validation_records:,} held out, "
         "which training never saw."
     ]
     if facts.dropped:
@@ -191,6 +191,11 @@ def _data(facts: CardFacts) -> str:
     if len(facts.categories) > 1:
         parts.append(table(("category", "records"), counts(facts.categories)))
     return "\n\n".join(parts)
+
+
+def _linked_data(data: str) -> str:
+    data_id = _hub_id(data)
+    return f"[{data_id}](https://huggingface.co/datasets/{data_id})" if data_id else f"`{_name(data)}`"
 
 
 def counts(counter: Counter[str]) -> list[tuple[str, int]]:

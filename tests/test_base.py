@@ -89,12 +89,43 @@ def test_faults_of_a_grammar_are_told(tmp_path, grammar, said):
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_every_grammar_composes_whole_and_different_texts(name):
     grammar, chance = compose.read(compose.FOLDER / f"{name}.txt"), random.Random(5)
+    grammar |= compose.facts(ROOT / "data" / "plain.jsonl") if name == "restate" else {}
     texts = [compose.compose(grammar, chance) for _ in range(300)]
     assert len(set(texts)) > 0.97 * len(texts)
     assert not any(text[0].islower() for text in texts)
     for text in texts:
         assert not re.search(r"[\[\]{}|]|\(n\)|###|<\||  ", text), text
         assert len(text.split()) > 3, text
+
+
+def test_facts_are_plain_sentences_and_clauses(tmp_path):
+    texts = [
+        "The cat sat on the mat. Paul, a friend, saw it! It was (nearly) asleep.",
+        "A: My dog came home today. I'm glad.",
+    ]
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text + " It's as I said."}) + "\n" for text in texts)
+    )
+    found = compose.facts(tmp_path / "texts.jsonl")
+    assert [row["one"] + row["c1"] for row in found["fact"]["rows"]] == [
+        ["The cat sat on the mat.", "the cat sat on the mat"],
+        ["It's as I said.", "it's as I said"],
+        ["My dog came home today.", "my dog came home today"],
+    ]
+    assert found["pair"]["rows"] == []
+
+
+def test_records_are_requests_with_one_answer():
+    assert compose.record("A tweet about rain\n\nIt rains.") == {
+        "instruction": "A tweet about rain", "context": "", "response": "It rains.",
+    }  # fmt: skip
+    for text in (
+        "It rains.",
+        "Tom wanted a tweet:\n\nIt rains.",
+        "A tweet\n\nRain!\nThat is too long.\nRain.",
+        "Hi\n\nTom: Ho",
+    ):
+        assert compose.record(text) is None
 
 
 def test_documents_become_tokens(tmp_path):

@@ -7,7 +7,7 @@ import pandas
 import pytest
 
 from dolly.errors import UserError
-from dolly.records import SUFFIXES, Record, explain, read_records, split
+from dolly.records import SUFFIXES, Record, explain, read_records, split, unlike
 
 GOOD = {"instruction": "Name a fruit.", "context": "", "response": "The apple.", "category": "open_qa"}
 TURNS = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "The apple."}]
@@ -292,3 +292,16 @@ def test_of_a_parquet_file_only_the_columns_of_records_are_read(tmp_path):
 
 def test_a_text_of_characters_without_width_is_empty(tmp_path):
     assert "is empty" in read_records(write(tmp_path / "x.jsonl", GOOD | {"response": "\u200b \ufeff"}))[1][0].what
+
+
+def test_records_like_held_out_ones_are_found():
+    def made(question, answer):
+        return Record([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "", 1)
+
+    heldout = [made("Who feeds the old grey horse on the hill in winter?", "The boy from the mill does it every day.")]
+    same = made("who feeds the old grey horse on the hill in winter", "Nobody.")
+    near = made(
+        "Who feeds the old grey horse on the hill in the winter?", "The boy from the mill does it every single day."
+    )
+    other = made("Where do the geese sleep?", "In the reeds.")
+    assert unlike([same, other, near], heldout) == [other]

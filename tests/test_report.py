@@ -154,3 +154,11 @@ def test_a_model_of_plain_texts_is_not_called_an_assistant(tmp_path):
     assert "train.py --base acme/helper" in text
     data = load(text, tmp_path).data
     assert "widget" not in data.to_dict() and "conversational" not in data.tags
+
+
+def test_extra_data_is_named_without_its_folder(tmp_path):
+    settings = FACTS.settings | {"extra_data": str(tmp_path / "general.jsonl")}
+    text = model_card(replace(FACTS, settings=settings))
+    assert "and, nothing of it held out, `general.jsonl`: " in text and str(tmp_path) not in text
+    found = load(model_card(replace(FACTS, data="me/one", settings=settings | {"extra_data": "me/two"})), tmp_path)
+    assert found.data.datasets == ["me/one", "me/two"]

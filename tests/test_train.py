@@ -9,8 +9,9 @@ from conftest import ROOT, run, save_base
 from transformers import AutoTokenizer, pipeline
 
 import train
-from dolly.errors import told_plainly
+from dolly.errors import UserError, told_plainly
 from dolly.model import answers, load_package
+from dolly.prepare import prepare
 
 ROWS = [{"instruction": f"Count to {n}.", "response": " ".join(map(str, range(1, n + 1)))} for n in range(2, 40)]
 
@@ -143,3 +144,21 @@ def test_adapters_make_a_package_that_answers(bases, tmp_path, merge):
     defaults = model.generation_config
     defaults.max_new_tokens = 5
     assert len(answers(model, tokenizer, ["Count to 3."], defaults)) == 1
+
+
+def test_extra_records_are_learned_and_none_of_them_is_held_out(bases, tmp_path, capsys):
+    write(tmp_path / "data.jsonl", ROWS)
+    new = [{"instruction": f"Extra question {n * n}?", "response": f"Extra answer {n * 7}."} for n in range(9)]
+    write(tmp_path / "extra.jsonl", [*ROWS, *new])
+    options = ["--base", bases["gpt2"], "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
+    options = [*map(str, options), "--validation", "0.2", "--max-length", "200"]
+    plain = prepare(options)
+    ready = prepare([*options, "--extra-data", str(tmp_path / "extra.jsonl")])
+    assert [d.ids.tolist() for d in ready.heldout] == [d.ids.tolist() for d in plain.heldout] != []
+    heldout = {tuple(d.ids.tolist()) for d in ready.heldout}
+    assert not [d for d in ready.training if tuple(d.ids.tolist()) in heldout]
+    assert len({d.line for d in ready.training}) == len(ready.training) >= len(plain.training) + len(new)
+    assert "are left out, which are like held-out records" in capsys.readouterr().out
+    write(tmp_path / "bad.jsonl", [{"instruction": "No answer"}])
+    with pytest.raises(UserError, match=r"bad.jsonl: 1 of 1 records cannot be used"):
+        prepare([*options, "--extra-data", str(tmp_path / "bad.jsonl")])

@@ -34,6 +34,22 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "compose"
 HASTE = 0.06  # share of the documents whose first line is typed in a hurry: small letters, no full stop
+# A sentence of few signs that may stand anywhere, and first words of which a clause has the small letter.
+PLAIN = re.compile(r"(?:[A-Z][a-z']*|I'[a-z]+)(?:,? [A-Za-z0-9'-]+)+\.")
+SMALL = set(
+    re.findall(
+        r"\S+",
+        """The A An My Our Your His Her Their Its This That These Those We He She It They You There Here In On At After
+        Before When If As Some Many Most All Every Each One Two Three Four Five No Not Now Today Yesterday Tomorrow Then
+        So But And Or For From With Without By People Children Everybody Everyone Nobody Somebody Something Last Next
+        Sometimes Often Never Please It's That's There's We're He's She's They're You're""",
+    )
+)
+# What a request that is told of has, and an answer with further turns.
+TOLD = re.compile(r"\b(?:said|says|asked|asks|wrote|writes|told|thought|typed|posted|wanted|had to|sat)\b|:$")
+TURNS = re.compile(
+    r"(?m)^(?:[A-Z]|[A-Z][a-z]+): |\b(?:too long|longer|shorter|another one|one more|[Nn]ow (?:a|with))\b"
+)
 SECTION = re.compile(r"(table|list|text) (\w+)(?:: (.*)| (\d+))?$")
 CALL = re.compile(r"(?:(\d+)-(\d+) )?(?:([-,1]) )?(\w+)(?:\.(\w+))?$")
 
@@ -83,8 +99,11 @@ class Document:
         used = self.used.setdefault(key, set())
         if len(used) == len(values):
             used.clear()
-        left = [i for i in range(len(values)) if i not in used]
-        at = self.rng.choices(left, [weights[i] for i in left] if weights else None)[0]
+        if weights or used:
+            left = [i for i in range(len(values)) if i not in used]
+            at = self.rng.choices(left, [weights[i] for i in left] if weights else None)[0]
+        else:
+            at = self.rng.randrange(len(values))
         used.add(at)
         return values[at]
 
@@ -162,6 +181,25 @@ def tidy(text: str) -> str:
     return re.sub(r"([.!?][\"')]* |(?:^|\n)(?:- |\d+\. )?[\"'(]*)([a-z])", lambda m: m[1] + m[2].upper(), text)
 
 
+def facts(path: Path) -> dict[str, list[str]]:
+    """The tables `fact` and `pair`, as sections of a grammar: plain sentences of texts, JSON objects with a `text`."""
+    ones, pairs = {}, {}
+    for line in path.open():
+        for paragraph in json.loads(line)["text"].splitlines():
+            before = None
+            for sentence in re.split(r"(?<=[.!?]) +", paragraph.removeprefix("A: ").removeprefix("B: ")):
+                first, _, rest = sentence.rstrip(".").partition(" ")
+                clause = f"{first.lower() if first in SMALL else first} {rest}"
+                fact = [sentence, clause] if PLAIN.fullmatch(sentence) and 4 <= len(sentence.split()) <= 15 else None
+                if fact:
+                    ones[sentence] = dict(zip(("one", "c1"), ([value] for value in fact), strict=True))
+                if fact and before:
+                    row = dict(zip(("one", "c1", "two", "c2"), ([value] for value in before + fact), strict=True))
+                    pairs[sentence] = row
+                before = fact
+    return {"fact": {"rows": list(ones.values())}, "pair": {"rows": list(pairs.values())}}
+
+
 def compose(grammar: dict, rng: random.Random) -> str:
     try:
         text = tidy(Document(grammar, rng).phrase("document"))
@@ -173,25 +211,46 @@ def compose(grammar: dict, rng: random.Random) -> str:
         raise SystemExit(f"the grammar has no {error}") from None
 
 
+def record(text: str) -> dict | None:
+    """A document as an instruction and its response, if it is one."""
+    instruction, _, response = text.partition("\n\n" if "\n\n" in text else "\n")
+    if not response or len(instruction.split()) > 80 or TOLD.search(instruction):
+        return None
+    if TURNS.search(response) or response.count(response[:24]) > 1:  # it is written a second time
+        return None
+    return {"instruction": instruction.strip(), "context": "", "response": response.strip()}
+
+
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("names", nargs="+", help=", ".join(sorted(p.stem for p in FOLDER.glob("*.txt"))))
     cli.add_argument("--documents", type=int, default=10**9)
     cli.add_argument("--words", type=int, default=10**9, help="stop after so many, shared evenly among the grammars")
     cli.add_argument("--seed", type=int, default=0)
+    plain = FOLDER.parent.parent / "plain.jsonl"
+    cli.add_argument(
+        "--facts", type=Path, default=plain, help="JSON lines with a text, whose sentences `restate` draws"
+    )
+    cli.add_argument(
+        "--records", action="store_true", help="only documents that ask for something, to be fine-tuned on"
+    )
     cli.add_argument("--out", type=Path, help='JSON lines {"text": ...}; without it the texts are printed')
     args = cli.parse_args()
     lines = args.out.open("w") if args.out else None
     for name in args.names:
         grammar, rng = read(FOLDER / f"{name}.txt"), random.Random(f"{name} {args.seed}")
+        if name == "restate":
+            grammar |= facts(args.facts)
         written, words, seen = 0, 0, set()
         while written < args.documents and words < args.words / len(args.names):
             text = compose(grammar, rng)
-            if text in seen:
+            row = record(text) if args.records else {"text": text}
+            if text in seen or row is None:
                 continue
             seen.add(text)
             written, words = written + 1, words + len(text.split())
-            print(json.dumps({"text": text}, ensure_ascii=False) if lines else text + "\n\n---\n", file=lines)
+            row |= {"category": name} if args.records else {}
+            print(json.dumps(row, ensure_ascii=False) if lines else text + "\n\n---\n", file=lines)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,12 @@ from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 DECAY, LONG_ROWS = 0.7, 0.85  # where the decay with its mixture, and the long rows, begin
-MIXTURE = {"main": (0.2, 0.12), "simple": (0.1, 0.13), "composed": (0.7, 0.75)}  # shares before and in the decay
+MIXTURE = {
+    "main": (0.2, 0.1),
+    "simple": (0.1, 0.12),
+    "composed": (0.5, 0.46),
+    "restate": (0.2, 0.32),
+}  # before and in the decay
 WARMUP = 100  # steps
 
 
