@@ -7,7 +7,7 @@ The modules in reading order; each imports only from those named before it:
     doctor, doctor_report                what is wrong with a file of records, by line
     config                               what a setting is
     launch                               what the first of several processes prepares for all
-    packing, model, adapters             token rows; loading a base and saving the package; LoRA and QLoRA
+    packing, loops, model, adapters      token rows; a base and the package, which does not loop; LoRA and QLoRA
     attention, head                      a row's documents apart; the LM head and its loss in one
     progress, distributed, checkpoint    what one sees of a run; its processes; its state, whole or absent
     trainer, engine                      the training loop; the token loop of the chat

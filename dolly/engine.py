@@ -1,6 +1,7 @@
 """The answers of a model, token by token: an own loop that can be watched, stopped at every token, and shared.
 
-It gives the ids that `generate` gives. The streamed text grows by whole characters.
+It gives the ids that `generate` gives, but for `no_repeat_ngram_size` (see `dolly.loops`). The streamed text grows by
+whole characters.
 """
 
 import contextlib
@@ -14,7 +15,6 @@ import torch
 from tokenizers.decoders import DecodeStream
 from transformers import (
     LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from dolly.errors import UserError
+from dolly.loops import NoRepeatInAnswer
 from dolly.prompt import Message, encode
 
 ROOM = 4  # at least 1/4 of the window stays free for the answer
@@ -76,13 +77,14 @@ class Sampling:
             no_repeat_ngram_size=given("no_repeat_ngram_size", 0),
         )
 
-    def processors(self) -> LogitsProcessorList:
-        """The processors of transformers that do this, in the order of `generate`."""
+    def processors(self, start: int) -> LogitsProcessorList:
+        """The processors of transformers that do this, in the order of `generate`, and ours against loops; start: the
+        token at which the answer begins."""
         chain = LogitsProcessorList()
         if self.repetition_penalty != 1:
             chain.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
         if self.no_repeat_ngram_size:
-            chain.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
+            chain.append(NoRepeatInAnswer(self.no_repeat_ngram_size, start))
         if self.temperature:
             if self.temperature != 1:
                 chain.append(TemperatureLogitsWarper(float(self.temperature)))
@@ -143,7 +145,7 @@ class Engine:
         longest = min(len(prompt) + sampling.max_new_tokens, self.window)
         ids = torch.empty(1, longest, dtype=torch.long, device=device)
         ids[0, : len(prompt)] = torch.tensor(prompt)
-        processors = sampling.processors()
+        processors = sampling.processors(len(prompt))
         random = torch.Generator(device)
         random.seed() if sampling.seed is None else random.manual_seed(sampling.seed)
 

@@ -30,6 +30,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -38,6 +39,7 @@ from transformers.utils import find_adapter_config_file, is_bitsandbytes_availab
 
 from dolly import launch
 from dolly.errors import UserError
+from dolly.loops import NoRepeatInAnswer
 from dolly.prompt import CONTROL_TOKENS, dolly_tokenizer
 
 MAX_SHARD = "5GB"
@@ -237,7 +239,7 @@ class Answer:
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], defaults: GenerationConfig
 ) -> list[Answer]:
-    """One answer to each prompt as the package would give it; the same ones every time."""
+    """One answer to each prompt as the chat would give it; the same ones every time."""
     torch.manual_seed(0)
     model.eval()
     made = []
@@ -247,7 +249,11 @@ def answers(
         within.max_new_tokens = min(
             defaults.max_new_tokens or NEW, tokenizer.model_max_length - batch.input_ids.shape[1]
         )
-        ids = model.generate(**batch, generation_config=within)[:, batch.input_ids.shape[1] :]
+        own = LogitsProcessorList()
+        if defaults.no_repeat_ngram_size:
+            own.append(NoRepeatInAnswer(defaults.no_repeat_ngram_size, batch.input_ids.shape[1]))
+            within.no_repeat_ngram_size = 0  # None would be the model's own
+        ids = model.generate(**batch, generation_config=within, logits_processor=own)[:, batch.input_ids.shape[1] :]
         ends = torch.tensor(defaults.eos_token_id or tokenizer.eos_token_id, device=ids.device)
         ended = torch.isin(ids, ends).any(1).tolist()
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FAMILIES
+from transformers import LogitsProcessorList
 
 import dolly.engine
 from dolly.engine import Engine, Sampling, fastest_threads
 from dolly.errors import UserError
+from dolly.loops import NoRepeatInAnswer
 from dolly.model import add_control_tokens, generation_defaults, load_base, load_tokenizer
 from dolly.prompt import END, as_text, dolly_tokenizer, encode
 
@@ -60,18 +62,28 @@ def last(replies):
 def test_the_ids_are_those_of_generate(engine, sampling):
     prompt, _ = engine.fit(QUESTION, sampling.max_new_tokens)
     options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    size = sampling.no_repeat_ngram_size
+    own = LogitsProcessorList([NoRepeatInAnswer(size, len(prompt))] if size else [])
     torch.manual_seed(sampling.seed or 0)
     whole = engine.model.generate(
         torch.tensor([prompt]),
         do_sample=sampling.temperature > 0,
         max_new_tokens=sampling.max_new_tokens,
         repetition_penalty=sampling.repetition_penalty,
-        no_repeat_ngram_size=sampling.no_repeat_ngram_size,
+        logits_processor=own,
         **(options if sampling.temperature else {}),
     )
     expected = whole[0, len(prompt) :].tolist()
     assert len(set(expected)) > 3
     assert list(engine.tokens(prompt, sampling)) == expected
+
+
+def test_an_answer_may_repeat_the_question_but_not_itself():
+    prompt, answer, size = [5, 6, 7, 5, 6], [7, 8, 7], 2
+    scores = torch.zeros(1, 10)
+    kept = NoRepeatInAnswer(size, len(prompt))(torch.tensor([prompt + answer]), scores)
+    assert (kept == -torch.inf).nonzero().tolist() == [[0, 8]]  # 7 8 is in the answer; 6 7 and 7 5 are in the prompt
+    assert not NoRepeatInAnswer(size, len(prompt))(torch.tensor([prompt]), scores).any()
 
 
 def test_the_answer_ends_at_an_end_token_the_limit_or_a_full_window(neox, monkeypatch):

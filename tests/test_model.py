@@ -293,3 +293,21 @@ def test_a_pickle_that_would_run_a_program_is_refused(dolly_v2, tmp_path):
     with pytest.raises(UserError, match="could run any program"):
         models.load_package(str(dolly_v2))
     assert not (tmp_path / "ran").exists()
+
+
+def test_sample_answers_may_repeat_the_prompt_but_not_themselves(bases):
+    base = models.load_tokenizer(str(bases["gpt_neox"]))
+    tokenizer, model = dolly_tokenizer(base), models.load_base(str(bases["gpt_neox"]))
+    models.add_control_tokens(model, base, tokenizer)
+    model.generation_config = models.generation_defaults(
+        tokenizer, model, do_sample=False, max_new_tokens=20, no_repeat_ngram_size=1
+    )
+    ids = tokenizer(QUESTION, return_tensors="pt").input_ids
+    with torch.no_grad():
+        model.get_output_embeddings().weight[ids[0, -2]] *= 1000  # a token of the prompt has the highest score, or
+        model.get_output_embeddings().weight[ids[0, -3]] *= -1000  # another, where the hidden state points away
+    answer = models.answers(model, tokenizer, [QUESTION], model.generation_config)[0].text
+    said = tokenizer(answer, add_special_tokens=False).input_ids
+    assert set(said) & {ids[0, -2].item(), ids[0, -3].item()}
+    whole = model.generate(ids)[0, ids.shape[1] :].tolist()
+    assert not set(whole) & set(ids[0].tolist())  # transformers counts the prompt too
