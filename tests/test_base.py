@@ -142,7 +142,7 @@ def test_documents_become_tokens(tmp_path):
 def test_a_killed_pretraining_goes_on(tmp_path):
     tokens = tmp_path / "tokens"
     tokens.mkdir()
-    for name in ("main-1", "simple", "composed", "validation-main"):
+    for name in ("main-1", "simple", "composed", "restate", "validation-main"):
         np.random.default_rng(0).integers(5, 100, 60_000, dtype=np.uint16).tofile(tokens / f"{name}.bin")
     command = [sys.executable, BASE / "pretrain.py", "--tokens", tokens, "--work", tmp_path / "work"]
     command += ["--hidden", "64", "--layers", "1", "--rows", "2", "--seconds", "600"]

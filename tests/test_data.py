@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard
 
 from dolly.prompt import user_text
+from dolly.records import read_records
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
@@ -105,6 +106,23 @@ def test_card_shows_records_of_both_forms(records):
     shown = [json.loads(text) for text in shown]
     assert ["messages" in record for record in shown] == [False, True]
     assert all(record in records for record in shown)
+
+
+def test_the_composed_records_are_whole_and_share_no_phrase_with_the_prompts_of_the_benchmark(records):
+    composed, broken = read_records(str(DATA / "composed.jsonl"))
+    assert not broken
+    assert f"{len(composed):,} requests and answers" in (DATA / "README.md").read_text(encoding="utf-8")
+    lines = (ROOT / "benchmarks/quality/prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = {gram for line in lines for gram in fives(json.loads(line)["prompt"])}
+    for record in composed:
+        asked, answer = (message["content"] for message in record.messages)
+        assert not re.search(r"[\[\]{}|]|\(n\)|###", asked + answer), asked
+        assert not fives(asked) & prompts, asked
+
+
+def fives(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return set(zip(*(words[at:] for at in range(5)), strict=False))
 
 
 def test_front_matter_is_what_the_hub_reads():

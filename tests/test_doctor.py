@@ -240,7 +240,7 @@ def test_the_command_tells_all_and_exits_by_what_it_found(planted, tmp_path):
     assert done.returncode == 1, done.stderr
     told = json.loads(report.read_text())
     assert {f["kind"]: f["lines"] for f in told["findings"]} == {k: v for k, v in wanted().items() if v}
-    assert "4 errors and 18 warnings" in done.stdout
+    assert "6 errors and 18 warnings" in done.stdout
     for kind in dict(PLANTED):
         assert f": {kind} (" in done.stdout
     assert "<script" not in page.read_text() and "cafÃ©" in page.read_text()
