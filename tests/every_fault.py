@@ -34,7 +34,7 @@ def push(package: Path) -> tuple[int, str]:
             code = 0
         except SystemExit as end:
             code = end.code or 0
-        except BaseException:
+        except Exception:
             code = 99
             traceback.print_exc()
     return code, said.buffer.getvalue().decode()
