@@ -1,5 +1,6 @@
 """The loop against the plain forward: documents apart, the same gradient however it is cut, a loss that is true."""
 
+import itertools
 import random
 import shutil
 from dataclasses import replace
@@ -214,3 +215,16 @@ def test_float16_is_refused_where_it_would_overflow_and_taken_by_the_hardware(ba
     assert trainer.precision(replace(CONFIG, base=str(bases["llama"]), dtype="auto")) == "float16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert trainer.precision(replace(CONFIG, base=base, dtype="auto")) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "seconds", "taken"), [(True, 3, "float32"), (True, 1, "bfloat16"), (False, 1, "float32")]
+)
+def test_bfloat16_is_taken_where_the_processor_is_faster_at_it(monkeypatch, instructions, seconds, taken):
+    """seconds: of a product in bfloat16; one in float32 takes 2."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    clock = itertools.cycle([0, 2, 0, seconds])
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))
+    trainer.bfloat16_pays.cache_clear()
+    assert trainer.precision(replace(CONFIG, dtype="auto")) == taken
+    trainer.bfloat16_pays.cache_clear()
