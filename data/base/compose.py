@@ -14,16 +14,20 @@ A grammar file has three kinds of section; a line beginning with # is a comment,
     [Hello|Hi] [neighbours|everybody].
 
     text document 3                          one text of any lines, up to the next section; 3 is its weight (else 1)
-    {s=shop}
-    {greeting} Today we have {s.sells}, and the whole street smells of {s.smell}.
+    {s=shop}{=d weekday}
+    A post for our {s.name}: fresh {s.sells} on {d}, {2..9} dollars
+    =>
+    {greeting} On {d} we have {s.sells}, and the whole street smells of {s.smell}.
 
 In a phrase or text: `[a|b|]` is one of a, b or nothing, and may be nested; `{s=shop}` draws a row of a table, called s
 in the whole document; `{s.sells}` is one value of its cell, another one each time while they last; `{=x phrase}` fixes
-x as the expansion of `phrase`, `{x}` repeats it; `{greeting}` is a phrase of that list (or a text of that name), again
-another one each time; `{2-4 tip}` is two to four of them as sentences, `{2-4 , tip}` as "a, b and c", `{2-4 - tip}` as
-lines with dashes, `{2-4 1 tip}` as numbered lines. `a(n)` becomes "a" or "an". The first letter of a sentence or line
-is made a capital, of a list of lines too; HASTE tells of exceptions. Every file's documents are the texts of the name
-`document`.
+x as the expansion of `phrase` (or of a choice, `{=x [a|b]}`), `{x}` repeats it; `{greeting}` is a phrase of that list
+(or a text of that name), again another one each time; `{2-4 tip}` is two to four of them as sentences, `{2-4 , tip}` as
+"a, b and c", `{2-4 - tip}` as lines with dashes, `{2-4 1 tip}` as numbered lines; `{2..9}` is a number, `{/}` a new
+line. `a(n)` becomes "a" or "an". The first letter of a sentence or line is made a capital, of a list of lines too.
+
+A line `=>` divides a request from its answer; HASTE of the requests are typed in a hurry. Every file's documents are
+the texts of the name `document`; the lists of words.txt belong to all.
 """
 
 import argparse
@@ -33,7 +37,8 @@ import re
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "compose"
-HASTE = 0.06  # share of the documents whose first line is typed in a hurry: small letters, no full stop
+NAMES = sorted(path.stem for path in FOLDER.glob("*.txt") if path.stem != "words")
+HASTE = 0.15  # share of the requests in small letters, without a last full stop and mostly without apostrophes
 # A sentence of few signs that may stand anywhere, and first words of which a clause has the small letter.
 PLAIN = re.compile(r"(?:[A-Z][a-z']*|I'[a-z]+)(?:,? [A-Za-z0-9'-]+)+\.")
 SMALL = set(
@@ -44,11 +49,6 @@ SMALL = set(
         So But And Or For From With Without By People Children Everybody Everyone Nobody Somebody Something Last Next
         Sometimes Often Never Please It's That's There's We're He's She's They're You're""",
     )
-)
-# What a request that is told of has, and an answer with further turns.
-TOLD = re.compile(r"\b(?:said|says|asked|asks|wrote|writes|told|thought|typed|posted|wanted|had to|sat)\b|:$")
-TURNS = re.compile(
-    r"(?m)^(?:[A-Z]|[A-Z][a-z]+): |\b(?:too long|longer|shorter|another one|one more|[Nn]ow (?:a|with))\b"
 )
 SECTION = re.compile(r"(table|list|text) (\w+)(?:: (.*)| (\d+))?$")
 CALL = re.compile(r"(?:(\d+)-(\d+) )?(?:([-,1]) )?(\w+)(?:\.(\w+))?$")
@@ -80,11 +80,15 @@ def read(path: Path) -> dict:
             section["texts"].append(line.strip())
             section["weights"].append(1)
         else:
-            cells = [[value.strip() for value in cell.split(";")] for cell in line.split("|")]
+            cells = [[value.strip() for value in cell.split(";")] for cell in choices(line)]
             if len(cells) != len(section["columns"]):
                 raise SystemExit(f"{path}:{number}: {len(cells)} cells under {len(section['columns'])} columns")
             section["rows"].append(dict(zip(section["columns"], cells, strict=True)))
     return grammar
+
+
+def grammar_of(name: str) -> dict:
+    return read(FOLDER / "words.txt") | read(FOLDER / f"{name}.txt")
 
 
 class Document:
@@ -99,11 +103,12 @@ class Document:
         used = self.used.setdefault(key, set())
         if len(used) == len(values):
             used.clear()
-        if weights or used:
+        if weights:
             left = [i for i in range(len(values)) if i not in used]
-            at = self.rng.choices(left, [weights[i] for i in left] if weights else None)[0]
+            at = self.rng.choices(left, [weights[i] for i in left])[0]
         else:
-            at = self.rng.randrange(len(values))
+            while (at := self.rng.randrange(len(values))) in used:
+                pass
         used.add(at)
         return values[at]
 
@@ -124,13 +129,21 @@ class Document:
             return ""
         if fixed := re.fullmatch(r"=(\w+) (.+)", code):
             name, phrase = fixed.groups()
-            self.names[name] = self.call(phrase)
+            self.names[name] = self.expand(phrase) if phrase[0] in "[{" else self.call(phrase)
             return ""
+        if code == "/":
+            return "\n"
+        if number := re.fullmatch(r"(\d+)\.\.(\d+)", code):
+            return str(self.rng.randint(*map(int, number.groups())))
         low, high, form, name, column = CALL.match(code).groups()
         if not low:
             return self.phrase(name, column)
         known = self.names[name][column] if column else self.grammar[name]["texts"]
-        several = [self.phrase(name, column) for _ in range(min(self.rng.randint(int(low), int(high)), len(known)))]
+        count = min(self.rng.randint(int(low), int(high)), len(known))
+        if column:  # in their order
+            several = [self.expand(known[i]) for i in sorted(self.rng.sample(range(len(known)), count))]
+        else:
+            several = [self.phrase(name) for _ in range(count)]
         if form == ",":
             return ", ".join(several[:-1]) + " and " * (len(several) > 1) + several[-1]
         if form:
@@ -181,75 +194,59 @@ def tidy(text: str) -> str:
     return re.sub(r"([.!?][\"')]* |(?:^|\n)(?:- |\d+\. )?[\"'(]*)([a-z])", lambda m: m[1] + m[2].upper(), text)
 
 
-def facts(path: Path) -> dict[str, list[str]]:
-    """The tables `fact` and `pair`, as sections of a grammar: plain sentences of texts, JSON objects with a `text`."""
-    ones, pairs = {}, {}
+def facts(path: Path) -> list[dict[str, list[str]]]:
+    """Plain sentences of texts as clauses, rows of a table `fact`: no full stop, and mostly a small first letter."""
+    clauses = {}
     for line in path.open():
         for paragraph in json.loads(line)["text"].splitlines():
-            before = None
             for sentence in re.split(r"(?<=[.!?]) +", paragraph.removeprefix("A: ").removeprefix("B: ")):
-                first, _, rest = sentence.rstrip(".").partition(" ")
-                clause = f"{first.lower() if first in SMALL else first} {rest}"
-                fact = [sentence, clause] if PLAIN.fullmatch(sentence) and 4 <= len(sentence.split()) <= 15 else None
-                if fact:
-                    ones[sentence] = dict(zip(("one", "c1"), ([value] for value in fact), strict=True))
-                if fact and before:
-                    row = dict(zip(("one", "c1", "two", "c2"), ([value] for value in before + fact), strict=True))
-                    pairs[sentence] = row
-                before = fact
-    return {"fact": {"rows": list(ones.values())}, "pair": {"rows": list(pairs.values())}}
+                if PLAIN.fullmatch(sentence) and 4 <= len(sentence.split()) <= 15:
+                    first, _, rest = sentence.removesuffix(".").partition(" ")
+                    clauses[f"{first.lower() if first in SMALL else first} {rest}"] = None
+    return [{"c": [clause]} for clause in clauses]
 
 
-def compose(grammar: dict, rng: random.Random) -> str:
+def compose(grammar: dict, rng: random.Random) -> tuple[str, str]:
+    """A request and its answer, or "" and a text that answers none."""
     try:
-        text = tidy(Document(grammar, rng).phrase("document"))
-        if rng.random() < HASTE:
-            first, *rest = text.split("\n", 1)
-            text = "\n".join([first.lower().removesuffix("."), *rest])
-        return text
+        request, _, text = Document(grammar, rng).phrase("document").rpartition("\n=>\n")
     except (KeyError, AttributeError) as error:
         raise SystemExit(f"the grammar has no {error}") from None
-
-
-def record(text: str) -> dict | None:
-    """A document as an instruction and its response, if it is one."""
-    instruction, _, response = text.partition("\n\n" if "\n\n" in text else "\n")
-    if not response or len(instruction.split()) > 80 or TOLD.search(instruction):
-        return None
-    if TURNS.search(response) or response.count(response[:24]) > 1:  # it is written a second time
-        return None
-    return {"instruction": instruction.strip(), "context": "", "response": response.strip()}
+    request = tidy(request)
+    if rng.random() < HASTE:
+        request = request.lower().removesuffix(".").replace("'", rng.choice(["", "'"]))
+    return request, tidy(text)
 
 
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("names", nargs="+", help=", ".join(sorted(p.stem for p in FOLDER.glob("*.txt"))))
+    cli.add_argument("names", nargs="+", choices=NAMES)
     cli.add_argument("--documents", type=int, default=10**9)
     cli.add_argument("--words", type=int, default=10**9, help="stop after so many, shared evenly among the grammars")
     cli.add_argument("--seed", type=int, default=0)
-    plain = FOLDER.parent.parent / "plain.jsonl"
-    cli.add_argument(
-        "--facts", type=Path, default=plain, help="JSON lines with a text, whose sentences `restate` draws"
-    )
+    cli.add_argument("--facts", type=Path, help="JSON lines with a text, whose sentences `retell` takes up as well")
     cli.add_argument(
         "--records", action="store_true", help="only documents that ask for something, to be fine-tuned on"
     )
-    cli.add_argument("--out", type=Path, help='JSON lines {"text": ...}; without it the texts are printed')
+    cli.add_argument("--out", type=Path, help="JSON lines; without it the texts are printed")
     args = cli.parse_args()
     lines = args.out.open("w") if args.out else None
     for name in args.names:
-        grammar, rng = read(FOLDER / f"{name}.txt"), random.Random(f"{name} {args.seed}")
-        if name == "restate":
-            grammar |= facts(args.facts)
+        grammar, rng = grammar_of(name), random.Random(f"{name} {args.seed}")
+        if name == "retell" and args.facts:
+            own, told = grammar["fact"]["rows"], facts(args.facts)
+            grammar["fact"]["rows"] = own * max(1, len(told) // len(own)) + told  # half and half
         written, words, seen = 0, 0, set()
         while written < args.documents and words < args.words / len(args.names):
-            text = compose(grammar, rng)
-            row = record(text) if args.records else {"text": text}
-            if text in seen or row is None:
+            request, answer = compose(grammar, rng)
+            text = f"{request}\n\n{answer}".strip()
+            if text in seen or (args.records and not request):
                 continue
             seen.add(text)
             written, words = written + 1, words + len(text.split())
-            row |= {"category": name} if args.records else {}
+            row = {"text": answer} | ({"request": request} if request else {})
+            if args.records:
+                row = {"instruction": request, "context": "", "response": answer, "category": name}
             print(json.dumps(row, ensure_ascii=False) if lines else text + "\n\n---\n", file=lines)
 
 
