@@ -160,6 +160,19 @@ def test_documents_become_tokens(tmp_path):
     assert len(answers & set(learned)) > 0.9 * len(answers)
 
 
+def test_perplexity_is_of_documents_that_were_not_read(tmp_path):
+    for name, start in (("read", 0), ("unread", 30)):
+        passages = (ROOT / "data/plain.jsonl").read_text(encoding="utf-8").splitlines()[start : start + 30]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(passages))
+    (tmp_path / "tokens").mkdir()
+    run(BASE / "encode.py", tmp_path / "read.jsonl", "--out", tmp_path / "tokens" / "main.bin")
+    files = [tmp_path / "read.jsonl", tmp_path / "unread.jsonl"]
+    read, unread = run(BASE / "perplexity.py", "--tokens", tmp_path / "tokens", *files).stdout.splitlines()[2:]
+    assert read == "| read | 0 | 0 | - |"
+    _, name, documents, size, perplexity, _ = unread.split("|")
+    assert (name, documents) == (" unread ", " 30 ") and int(size) > 10 and 30 < float(perplexity) < 1000
+
+
 def test_a_killed_pretraining_goes_on(tmp_path):
     tokens = tmp_path / "tokens"
     tokens.mkdir()
