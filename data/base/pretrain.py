@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -77,9 +78,14 @@ def together(rows: list[tuple[list[int], list[Document]]]) -> Batch:
 
 @torch.no_grad()
 def publish(model, folder: Path):
-    """Writes the model in bfloat16. The control tokens, never seen here, get the mean embedding: a fair start."""
+    """Writes the model in bfloat16. The control tokens, never seen here, begin as what does their work in a text.
+
+    A text starts after an end of text and ends with one, and a request and its answer are divided by a blank line.
+    """
+    end, blank_line = 0, Tokenizer.from_file(str(Path(__file__).parent / "tokenizer.json")).encode("\n\n").ids
     embedding = model.get_input_embeddings().weight
-    embedding[2:5] = torch.cat([embedding[:2], embedding[5:]]).mean(0)
+    embedding[2] = embedding[3] = embedding[end]  # ### End, ### Instruction:
+    embedding[4] = embedding[blank_line].mean(0)  # ### Response:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
