@@ -15,6 +15,7 @@ Muon (Jordan et al., 2024) trains the matrices and AdamW the embedding and the v
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -156,7 +157,8 @@ def main():
 
     seconds, losses, since = args.seconds, [], (tokens, spent)
     with fused_head(model) as head, documents_apart(model) as documents:
-        compile_layers(model)
+        if shutil.which("g++"):  # 15 % faster; without a compiler it goes as well
+            compile_layers(model)
         while spent < seconds and step < args.steps:
             begun = time.monotonic()
             done = spent / seconds
